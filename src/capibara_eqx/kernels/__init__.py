@@ -1,0 +1,3 @@
+from ._causal_conv import causal_conv as causal_conv
+from ._linear_recurrence import linear_recurrence as linear_recurrence
+from ._selective_scan import selective_scan as selective_scan

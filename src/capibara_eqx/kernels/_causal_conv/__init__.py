@@ -1,0 +1,1 @@
+from .api import causal_conv as causal_conv

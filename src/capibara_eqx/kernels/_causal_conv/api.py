@@ -1,0 +1,160 @@
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from ...internal import check_positive, segment_starts
+from .._checks import check_batch, check_shape
+from .._dispatch import dispatch
+from . import reference, xla
+
+
+BACKENDS = {"xla": xla.causal_conv, "reference": reference.causal_conv}
+
+
+def causal_conv(
+    x: Float[Array, "*batch seq c_in"],
+    weight: Float[Array, "c_out c_in_per_group width"],
+    bias: Float[Array, " c_out"] | None = None,
+    *,
+    dilation: int = 1,
+    groups: int = 1,
+    initial_state: Float[Array, "*batch reach c_in"] | None = None,
+    segment_ids: Int[Array, "*batch seq"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, "*batch seq c_out"], Float[Array, "*batch reach c_in"]]:
+    r"""A causal convolution over time that can be continued and packed.
+
+    $$y_t = b + \sum_{k=0}^{K-1} W_k\, x_{t - (K-1-k) r}$$
+
+    with width $K$ and dilation $r$, so that the last tap sees the current token and
+    none sees a later one. Inputs before the first token come from `initial_state`,
+    zeros if not given. van den Oord et al., *WaveNet*, arXiv 1609.03499.
+
+    **Arguments:**
+
+    - `x`: input, `(*batch, seq, c_in)`, any number of batch axes.
+    - `weight`: `(c_out, c_in / groups, width)`.
+    - `bias`: `(c_out,)`.
+    - `dilation`: distance between taps, in tokens.
+    - `groups`: channels are convolved within groups; `c_in` for a depthwise one.
+    - `initial_state`: the last `reach = (width - 1) * dilation` inputs, oldest
+        first, `(*batch, reach, c_in)`. It belongs to the first valid token's document.
+    - `segment_ids`: document of each token, `(*batch, seq)`. No tap reaches across a
+        change of id. A negative id is padding: skipped as if absent, its output 0.
+    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
+        which the first that can is used.
+
+    **Returns:**
+
+    `(y, final_state)`: `y` with the dtype of `x`, and the inputs with which the last
+    document can be continued, in the dtype of `initial_state` (of `x` if not given).
+
+    **Raises:**
+
+    `ValueError` naming the argument whose shape does not fit, or an unknown
+    implementation.
+
+    !!! example
+
+        ```python
+        y, state = causal_conv(x, weight, groups=x.shape[-1])
+        y2, state = causal_conv(x2, weight, groups=x.shape[-1], initial_state=state)
+        ```
+    """
+    name = "causal_conv"
+    check_batch(name, "x", x, core=("seq", "c_in"))
+    check_positive("dilation", dilation)
+    check_positive("groups", groups)
+    *batch, seq, c_in = x.shape
+    _check_weight(name, weight, c_in, groups)
+    c_out, _, width = weight.shape
+    reach = (width - 1) * dilation
+    check_shape(name, "bias", bias, (c_out,), "(c_out,)")
+    expected = (*batch, reach, c_in)
+    meaning = "(*batch, (width - 1) * dilation, c_in)"
+    check_shape(name, "initial_state", initial_state, expected, meaning)
+    check_shape(name, "segment_ids", segment_ids, (*batch, seq), "(*batch, seq)")
+    history = jnp.zeros(expected, x.dtype) if initial_state is None else initial_state
+
+    if segment_ids is None:
+        y = dispatch(
+            name,
+            BACKENDS,
+            implementation,
+            x,
+            weight,
+            bias,
+            dilation,
+            groups,
+            history,
+            None,
+        )
+        inputs = jnp.concatenate([history, x.astype(history.dtype)], axis=-2)
+        return y, inputs[..., seq:, :]
+
+    valid = segment_ids >= 0
+    # Valid tokens to the front: padding is then behind everything that is read.
+    order = jnp.argsort(~valid, axis=-1, stable=True)
+    x = jnp.take_along_axis(x, order[..., None], axis=-2)
+    document = _documents(segment_ids, order, reach)
+    y = dispatch(
+        name,
+        BACKENDS,
+        implementation,
+        x,
+        weight,
+        bias,
+        dilation,
+        groups,
+        history,
+        document,
+    )
+    state = _final_history(x, history, document, valid)
+    rank = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
+    y = jnp.take_along_axis(y, rank[..., None], axis=-2)
+    return jnp.where(valid[..., None], y, jnp.zeros_like(y)), state
+
+
+def _check_weight(name, weight, c_in, groups):
+    if c_in % groups != 0:
+        raise ValueError(
+            f"{name}: `groups` must divide the {c_in} channels of `x`, got {groups}."
+        )
+    if weight.ndim != 3 or weight.shape[1] != c_in // groups or weight.shape[2] < 1:
+        raise ValueError(
+            f"{name}: `weight` must have shape (c_out, c_in / groups, width >= 1), "
+            f"here (c_out, {c_in // groups}, width); got {weight.shape}."
+        )
+    if weight.shape[0] % groups != 0:
+        raise ValueError(
+            f"{name}: `groups` = {groups} must divide the {weight.shape[0]} output "
+            "channels of `weight`."
+        )
+
+
+def _documents(
+    segment_ids: Int[Array, "*batch seq"], order: Int[Array, "*batch seq"], reach: int
+) -> Int[Array, "*batch reach_and_seq"]:
+    """Number of the document that each input belongs to, the history's being 0."""
+    starts = segment_starts(jnp.take_along_axis(segment_ids, order, axis=-1))
+    document = jnp.cumsum(starts.astype(jnp.int32), axis=-1)
+    history = jnp.zeros((*document.shape[:-1], reach), document.dtype)
+    return jnp.concatenate([history, document], axis=-1)
+
+
+def _final_history(
+    x: Float[Array, "*batch seq c_in"],
+    history: Float[Array, "*batch reach c_in"],
+    document: Int[Array, "*batch reach_and_seq"],
+    valid: Bool[Array, "*batch seq"],
+) -> Float[Array, "*batch reach c_in"]:
+    """The last `reach` valid inputs, zero where they are not of the last document."""
+    reach = history.shape[-2]
+    inputs = jnp.concatenate([history, x.astype(history.dtype)], axis=-2)
+    count = jnp.sum(valid, axis=-1, keepdims=True)
+    last = count + jnp.arange(reach).reshape((1,) * (count.ndim - 1) + (reach,))
+    kept = jnp.take_along_axis(inputs, last[..., None], axis=-2)
+    current = jnp.take_along_axis(document, count + reach - 1, axis=-1)
+    same = jnp.take_along_axis(document, last, axis=-1) == current
+    return jnp.where(same[..., None], kept, jnp.zeros_like(kept))

@@ -1,0 +1,64 @@
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..internal import nearest
+
+
+# The XLA form runs on every platform; the reference is the definition.
+_DEFAULT = ("xla",)
+
+
+def dispatch(
+    operation: str,
+    backends: Mapping[str, Callable[..., Any]],
+    implementation: str | Sequence[str] | None,
+    *args: Any,
+) -> Any:
+    """Run `operation` by the first backend that can.
+
+    **Arguments:**
+
+    - `operation`: its public name, for messages.
+    - `backends`: name to function; all share one signature. A backend raises
+        `NotImplementedError` for a case that it cannot serve.
+    - `implementation`: `None` for the default, a name for that one alone, a sequence
+        for the first of them that can.
+    - `args`: passed on.
+
+    **Returns:**
+
+    What the backend returns.
+
+    **Raises:**
+
+    `ValueError` for a name that is not a backend. `NotImplementedError` if the one
+    that was named cannot serve the case, an `ExceptionGroup` with every reason if
+    none of several can.
+    """
+    if implementation is None:
+        names = _DEFAULT
+    elif isinstance(implementation, str):
+        names = (implementation,)
+    else:
+        names = tuple(implementation)
+    if not names:
+        raise ValueError(
+            f"{operation}: `implementation` names no backend; choose from "
+            f"{', '.join(backends)}, or pass None for the default."
+        )
+    for name in names:
+        if name not in backends:
+            raise ValueError(
+                f"{operation}: unknown `implementation` {name!r}; choose from "
+                f"{', '.join(backends)}.{nearest(name, backends)}"
+            )
+    refusals = []
+    for name in names:
+        try:
+            return backends[name](*args)
+        except NotImplementedError as error:
+            error.add_note(f"{operation}: implementation {name!r}")
+            refusals.append(error)
+    if len(refusals) == 1:
+        raise refusals[0]
+    raise ExceptionGroup(f"{operation}: no implementation serves this case", refusals)

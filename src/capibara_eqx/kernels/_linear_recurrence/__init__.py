@@ -1,0 +1,1 @@
+from .api import linear_recurrence as linear_recurrence

@@ -1,0 +1,1 @@
+from .api import selective_scan as selective_scan

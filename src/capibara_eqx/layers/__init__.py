@@ -1,0 +1,12 @@
+from ._conv1d_block import Conv1DBlock as Conv1DBlock
+from ._conv1d_block import Conv1DCache as Conv1DCache
+from ._dropout import Dropout as Dropout
+from ._embedding import Embedding as Embedding
+from ._linear import Linear as Linear
+from ._mamba import Mamba as Mamba
+from ._mamba import MambaCache as MambaCache
+from ._mixer import AbstractAux as AbstractAux
+from ._mixer import AbstractSequenceMixer as AbstractSequenceMixer
+from ._norm import LayerNorm as LayerNorm
+from ._norm import RMSNorm as RMSNorm
+from ._weight_decay import weight_decay_mask as weight_decay_mask

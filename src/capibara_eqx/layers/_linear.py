@@ -1,0 +1,82 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
+
+from ..internal import check_last_axis, check_positive
+
+
+class Linear(eqx.Module):
+    r"""An affine map of the last axis, $y = W x + b$.
+
+    Field names and weight layout are those of `equinox.nn.Linear`; any number of
+    leading axes is allowed. It computes in the dtype of its input, whatever the dtype
+    of its parameters.
+    """
+
+    weight: Float[Array, "{self.out_features} {self.in_features}"]
+    bias: Float[Array, " {self.out_features}"] | None
+    in_features: int = eqx.field(static=True)
+    out_features: int = eqx.field(static=True)
+    use_bias: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        use_bias: bool = True,
+        dtype: DTypeLike | None = None,
+        *,
+        key: PRNGKeyArray,
+    ):
+        r"""**Arguments:**
+
+        - `in_features`, `out_features`: sizes of the last axis before and after.
+        - `use_bias`: whether to add a bias.
+        - `dtype`: of the parameters; float32 if not given.
+        - `key`: for the initial values, uniform in $\pm 1/\sqrt{\mathrm{in}}$.
+
+        **Raises:**
+
+        `ValueError` for a size that is not positive.
+        """
+        check_positive("in_features", in_features)
+        check_positive("out_features", out_features)
+        weight_key, bias_key = jax.random.split(key)
+        dtype = jnp.float32 if dtype is None else dtype
+        limit = 1 / math.sqrt(in_features)
+
+        def uniform(key, shape):
+            return jax.random.uniform(key, shape, dtype, -limit, limit)
+
+        self.weight = uniform(weight_key, (out_features, in_features))
+        self.bias = uniform(bias_key, (out_features,)) if use_bias else None
+        self.in_features = in_features
+        self.out_features = out_features
+        self.use_bias = use_bias
+
+    @jax.named_scope("capibara_eqx.layers.Linear")
+    def __call__(
+        self, x: Float[Array, "*batch in_features"], *, key: PRNGKeyArray | None = None
+    ) -> Float[Array, "*batch out_features"]:
+        """**Arguments:**
+
+        - `x`: `(*batch, in_features)`.
+        - `key`: ignored.
+
+        **Returns:**
+
+        `(*batch, out_features)`, in the dtype of `x`.
+
+        **Raises:**
+
+        `ValueError` if the last axis of `x` is not `in_features` long.
+        """
+        del key
+        check_last_axis("Linear", "x", x, self.in_features)
+        y = x @ self.weight.astype(x.dtype).T
+        if self.bias is not None:
+            y = y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
+        return y

@@ -1,0 +1,108 @@
+import abc
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+
+class AbstractSequenceMixer(eqx.Module):
+    """A layer that mixes information along a causal sequence and can be streamed.
+
+    Four methods, no flag that changes a return type. They agree with each other:
+    `__call__` equals `prefill` from a fresh cache, equals any split of it into
+    chunks, equals a loop of `step`. A cache is a value: it can be copied, rolled back
+    and branched.
+
+    `segment_ids` packs several documents in one row. A document starts where the id
+    differs from that of the previous valid token; nothing crosses that boundary, and
+    the packed result equals that of the separate documents. A negative id is
+    padding, left, right or between: it changes no state and its output is zero.
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        *,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Float[Array, "*batch seq d_out"]:
+        """Mix a whole sequence.
+
+        **Arguments:**
+
+        - `x`: `(*batch, seq, d_model)`, any number of batch axes.
+        - `segment_ids`: document of each token, `(*batch, seq)`; negative is padding.
+        - `key`: for layers that draw random numbers; ignored by the others.
+
+        **Returns:**
+
+        `(*batch, seq, d_out)`, in the dtype of `x`.
+        """
+
+    @abc.abstractmethod
+    def init_cache(
+        self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
+    ) -> Any:
+        """A cache that has seen nothing.
+
+        **Arguments:**
+
+        - `batch_shape`: batch axes of what will be read.
+        - `max_len`: number of tokens that the cache must hold; layers whose state has
+            a fixed size ignore it.
+
+        **Returns:**
+
+        An `eqx.Module` of arrays; recurrent states are float32 or wider.
+        """
+
+    @abc.abstractmethod
+    def prefill(
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        cache: Any,
+        *,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+    ) -> tuple[Float[Array, "*batch seq d_out"], Any]:
+        """Read one or more tokens, continuing from `cache`.
+
+        **Arguments:**
+
+        - `x`: `(*batch, seq, d_model)`.
+        - `cache`: what was read before.
+        - `segment_ids`: as in `__call__`. The first token continues the document that
+            the cache ended in if it has the same id, or if there are no ids.
+
+        **Returns:**
+
+        The outputs and the cache after the last valid token.
+        """
+
+    @abc.abstractmethod
+    def step(
+        self, x: Float[Array, "*batch d_model"], cache: Any
+    ) -> tuple[Float[Array, "*batch d_out"], Any]:
+        """Read one token of the document that `cache` ended in.
+
+        **Arguments:**
+
+        - `x`: `(*batch, d_model)`.
+        - `cache`: what was read before.
+
+        **Returns:**
+
+        The output `(*batch, d_out)` and the new cache.
+        """
+
+
+class AbstractAux(eqx.Module):
+    """What a layer reports beside its output: routing, losses, counts.
+
+    A layer that has one returns `(y, aux)`, always. Blocks and stacks hand it up, and
+    the train step adds what `losses` names, each by its own weight.
+    """
+
+    @abc.abstractmethod
+    def losses(self) -> dict[str, Float[Array, ""]]:
+        """Named scalar losses, empty if there are none."""

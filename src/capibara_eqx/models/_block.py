@@ -1,0 +1,99 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
+
+from ..internal import split_or_none
+from ..layers import AbstractSequenceMixer, Dropout, RMSNorm
+
+
+class ResidualBlock(eqx.Module):
+    r"""A pre-norm residual around a sequence mixer.
+
+    $$y = x + \mathrm{dropout}(\mathrm{mixer}(\mathrm{norm}(x)))$$
+
+    Xiong et al., *On Layer Normalization in the Transformer Architecture*, arXiv
+    2002.04745. Norm and dropout act on each token, so the block streams as its mixer
+    does.
+    """
+
+    norm: RMSNorm
+    mixer: AbstractSequenceMixer
+    dropout: Dropout
+
+    def __init__(
+        self,
+        mixer: AbstractSequenceMixer,
+        d_model: int,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
+        dtype: DTypeLike | None = None,
+    ):
+        """**Arguments:**
+
+        - `mixer`: from `d_model` to `d_model`; it may return `(y, aux)`.
+        - `d_model`: width of the residual stream.
+        - `dropout`: probability of dropping an element of the mixer's output.
+        - `eps`: of the norm.
+        - `dtype`: of the norm's weight; float32 if not given.
+
+        **Raises:**
+
+        `ValueError` for a `d_model` that is not positive or a `dropout` outside [0, 1].
+        """
+        self.norm = RMSNorm(d_model, eps, dtype=dtype)
+        self.mixer = mixer
+        self.dropout = Dropout(dropout)
+
+    @jax.named_scope("capibara_eqx.models.ResidualBlock")
+    def __call__(
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        *,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*batch seq d_model"], PyTree]:
+        """**Arguments:**
+
+        - `x`: `(*batch, seq, d_model)`.
+        - `segment_ids`: document of each token, `(*batch, seq)`; negative is padding.
+        - `key`: for dropout and for mixers that draw random numbers.
+
+        **Returns:**
+
+        `(y, aux)`: the new residual stream and what the mixer reports, `None` if it
+        reports nothing.
+
+        **Raises:**
+
+        `ValueError` if dropout is active and there is no `key`.
+        """
+        mixer_key, dropout_key = split_or_none(key, 2)
+        out = self.mixer(self.norm(x), segment_ids=segment_ids, key=mixer_key)
+        y, aux = out if isinstance(out, tuple) else (out, None)
+        return x + self.dropout(y, key=dropout_key), aux
+
+    def init_cache(
+        self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
+    ) -> Any:
+        """The mixer's cache, see `AbstractSequenceMixer.init_cache`."""
+        return self.mixer.init_cache(batch_shape, max_len=max_len)
+
+    def prefill(
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        cache: Any,
+        *,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+    ) -> tuple[Float[Array, "*batch seq d_model"], Any]:
+        """See `AbstractSequenceMixer.prefill`; there is no dropout."""
+        y, cache = self.mixer.prefill(self.norm(x), cache, segment_ids=segment_ids)
+        return x + y, cache
+
+    def step(
+        self, x: Float[Array, "*batch d_model"], cache: Any
+    ) -> tuple[Float[Array, "*batch d_model"], Any]:
+        """See `AbstractSequenceMixer.step`; there is no dropout."""
+        y, cache = self.mixer.step(self.norm(x), cache)
+        return x + y, cache

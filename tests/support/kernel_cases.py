@@ -1,0 +1,183 @@
+"""Random arguments for the kernels, and what their tests share."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from capibara_eqx.kernels import causal_conv, linear_recurrence, selective_scan
+from jax.typing import ArrayLike
+
+from support import numpy_oracles as oracles
+
+
+IMPLEMENTATIONS = ("reference", "xla")
+Arguments = dict[str, np.ndarray]
+
+OPERATIONS: Mapping[str, Callable[..., Any]] = {
+    "selective_scan": selective_scan,
+    "linear_recurrence": linear_recurrence,
+    "causal_conv": causal_conv,
+}
+ORACLES: Mapping[str, Callable[..., Any]] = {
+    "selective_scan": oracles.selective_scan,
+    "linear_recurrence": oracles.linear_recurrence,
+    "causal_conv": oracles.causal_conv,
+}
+
+
+@functools.cache
+def compiled(operation: str, implementation: str | None, **static: Any):
+    """The jitted operation; one object a setting, so that cases share compilations."""
+    return jax.jit(
+        functools.partial(
+            OPERATIONS[operation], implementation=implementation, **static
+        )
+    )
+
+
+def scan_arguments(
+    batch: Sequence[int],
+    seq: int,
+    d_inner: int,
+    d_state: int,
+    *,
+    options: Sequence[str] = ("D", "z", "delta_bias", "initial_state", "reset"),
+    seed: int = 0,
+) -> Arguments:
+    """Arguments of `selective_scan`; `delta` fits with and without softplus."""
+    rng, batch = np.random.default_rng(seed), tuple(batch)
+    arguments = {
+        "u": rng.standard_normal((*batch, seq, d_inner)),
+        "delta": rng.uniform(0.05, 0.8, (*batch, seq, d_inner)),
+        "A": -rng.uniform(0.2, 2.0, (d_inner, d_state)),
+        "B": rng.standard_normal((*batch, seq, d_state)),
+        "C": rng.standard_normal((*batch, seq, d_state)),
+        "D": rng.standard_normal((d_inner,)),
+        "z": rng.standard_normal((*batch, seq, d_inner)),
+        "delta_bias": rng.uniform(0.0, 0.3, (d_inner,)),
+        "initial_state": rng.standard_normal((*batch, d_inner, d_state)),
+        "reset": rng.random((*batch, seq)) < 0.2,
+    }
+    always = ("u", "delta", "A", "B", "C")
+    return {name: arguments[name] for name in (*always, *options)}
+
+
+def recurrence_arguments(
+    batch: Sequence[int],
+    seq: int,
+    d: int,
+    *,
+    options: Sequence[str] = ("initial_state", "reset"),
+    is_complex: bool = False,
+    seed: int = 0,
+) -> Arguments:
+    """Arguments of `linear_recurrence`, with |a| < 1."""
+    rng, batch = np.random.default_rng(seed), tuple(batch)
+    size = rng.uniform(0.3, 0.99, (*batch, seq, d))
+    turn = rng.uniform(-np.pi, np.pi, (*batch, seq, d))
+    x = rng.standard_normal((2, *batch, seq, d))
+    start = rng.standard_normal((2, *batch, d))
+    arguments = {
+        "a": size * np.exp(1j * turn) if is_complex else size * np.sign(turn),
+        "x": x[0] + 1j * x[1] if is_complex else x[0],
+        "initial_state": start[0] + 1j * start[1] if is_complex else start[0],
+        "reset": rng.random((*batch, seq)) < 0.2,
+    }
+    return {name: arguments[name] for name in ("a", "x", *options)}
+
+
+def conv_arguments(
+    batch: Sequence[int],
+    seq: int,
+    c_in: int,
+    c_out: int,
+    width: int,
+    *,
+    groups: int = 1,
+    dilation: int = 1,
+    options: Sequence[str] = ("bias", "initial_state", "segment_ids"),
+    seed: int = 0,
+) -> Arguments:
+    """Arguments of `causal_conv`; about a quarter of the tokens are padding."""
+    rng, batch = np.random.default_rng(seed), tuple(batch)
+    arguments = {
+        "x": rng.standard_normal((*batch, seq, c_in)),
+        "weight": rng.standard_normal((c_out, c_in // groups, width)),
+        "bias": rng.standard_normal((c_out,)),
+        "initial_state": rng.standard_normal((*batch, (width - 1) * dilation, c_in)),
+        "segment_ids": random_segment_ids(rng, (*batch, seq)),
+    }
+    return {name: arguments[name] for name in ("x", "weight", *options)}
+
+
+def random_segment_ids(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Runs of the ids 0, 1 and 2 in any order, with padding strewn between them."""
+    changes = np.cumsum(rng.random(shape) < 0.25, axis=-1)
+    ids = (rng.integers(0, 3, shape[:-1])[..., None] + changes) % 3
+    return np.where(rng.random(shape) < 0.25, -1 - ids, ids).astype(np.int32)
+
+
+def cast(arguments: Arguments, dtype: str) -> dict[str, jax.Array]:
+    """The arguments as JAX arrays, the real ones in `dtype`, complex ones as wide."""
+    cast_arguments = {}
+    for name, values in arguments.items():
+        if np.issubdtype(values.dtype, np.complexfloating):
+            wanted = "complex128" if dtype == "float64" else "complex64"
+            cast_arguments[name] = jnp.asarray(values, wanted)
+        elif np.issubdtype(values.dtype, np.floating):
+            cast_arguments[name] = jnp.asarray(values, dtype)
+        else:
+            cast_arguments[name] = jnp.asarray(values)
+    return cast_arguments
+
+
+def rounded(arguments: Mapping[str, ArrayLike]) -> Arguments:
+    """What the arguments are worth after rounding, for the oracle."""
+    known = {}
+    for name, values in arguments.items():
+        array = np.asarray(values)
+        exact = array.dtype == bool or np.issubdtype(array.dtype, np.integer)
+        known[name] = array if exact else oracles.wide(array)
+    return known
+
+
+def smooth_loss(xp: ModuleType, outputs: Sequence[Any]) -> Any:
+    """A real number that depends on every output value smoothly and non-linearly."""
+    total = 0.0
+    for output in outputs:
+        weights = xp.asarray(np.cos(1.0 + np.arange(output.size))).reshape(output.shape)
+        if xp.iscomplexobj(output):
+            real, imaginary = xp.real(output), xp.imag(output)
+            values = xp.sin(real) + real * imaginary + xp.cos(imaginary)
+        else:
+            values = xp.sin(output) + 0.3 * output * output
+        total = total + xp.sum(weights * values)
+    return total
+
+
+def loss_pair(operation: str, implementation: str, fixed: Arguments, **static: Any):
+    """The same loss on the operation and on its oracle, as functions of a dictionary.
+
+    `fixed` are the arguments that are not differentiated, such as `reset`.
+    """
+
+    def function(arrays: Mapping[str, jax.Array]) -> jax.Array:
+        known = {name: jnp.asarray(values) for name, values in fixed.items()}
+        run = functools.partial(OPERATIONS[operation], implementation=implementation)
+        return smooth_loss(jnp, run(**arrays, **known, **static))
+
+    def oracle(point: Mapping[str, np.ndarray]) -> float:
+        return float(smooth_loss(np, ORACLES[operation](**point, **fixed, **static)))
+
+    return function, oracle
+
+
+def split_fixed(arguments: Arguments) -> tuple[Arguments, Arguments]:
+    """The arguments that can be differentiated, and those that cannot."""
+    smooth = {n: v for n, v in arguments.items() if v.dtype.kind in "fc"}
+    fixed = {n: v for n, v in arguments.items() if v.dtype.kind not in "fc"}
+    return smooth, fixed
