@@ -1,5 +1,7 @@
 from ._aux import aux_losses as aux_losses
 from ._block import ResidualBlock as ResidualBlock
+from ._cost import Cost as Cost
+from ._cost import model_cost as model_cost
 from ._generate import Generation as Generation
 from ._generate import generate as generate
 from ._language_model import LanguageModel as LanguageModel

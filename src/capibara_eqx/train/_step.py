@@ -145,7 +145,7 @@ def make_train_step(
         grads, metrics = gradients(state.model, batch.astype(jnp.int32), key)
         metrics["grad_norm"] = optax.tree.norm(grads)
         params = eqx.filter(state.model, eqx.is_inexact_array)
-        # optax's Adam raises a float to an integer step, which strict promotion refuses.
+        # optax's Adam raises a float to an integer power; strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, params)
         model = eqx.apply_updates(state.model, updates)

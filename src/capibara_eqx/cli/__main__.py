@@ -1,0 +1,6 @@
+import sys
+
+from ._main import main
+
+
+sys.exit(main())

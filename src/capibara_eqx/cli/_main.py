@@ -1,0 +1,98 @@
+import argparse
+from collections.abc import Sequence
+
+from .. import __version__
+from ..internal import require_extra
+from ..train import NonFiniteLossError
+from ._console import fail
+from ._generate import run_generate
+from ._info import run_info
+from ._settings import add_settings
+from ._train import run_train
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The `capibara` command.
+
+    **Arguments:**
+
+    - `argv`: its arguments; those of the process if not given.
+
+    **Returns:**
+
+    The exit code: 0, 1 for an error or a failed check, 130 after Ctrl-C.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        # Before anything is written: what a command needs must be there at its end.
+        for module in arguments.needs:
+            require_extra(module, "train")
+        return arguments.run_command(arguments)
+    except (ImportError, OSError, ValueError, NonFiniteLossError) as error:
+        return fail(_message(error))
+    except KeyboardInterrupt:
+        return fail("interrupted", 130)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return str(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="capibara",
+        description="Train, sample and inspect byte-level Mamba language models.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train on Python's own library for 90 seconds and show what comes out",
+    )
+    demo.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/DATE)")
+    add_settings(demo, {"seconds": 90})
+    demo.set_defaults(run_command=run_train, resume=None)
+
+    train = commands.add_parser(
+        "train", help="train on a text file or folder, or continue a run"
+    )
+    source = train.add_mutually_exclusive_group()
+    source.add_argument(
+        "--out", metavar="FOLDER", help="run folder (default: runs/DATE)"
+    )
+    source.add_argument("--resume", metavar="RUN", help="run folder to continue")
+    add_settings(train, {"seconds": 90})
+    train.set_defaults(run_command=run_train)
+
+    generate = commands.add_parser("generate", help="continue a prompt")
+    _add_generate(generate)
+
+    info = commands.add_parser("info", help="show the model of a run and its result")
+    info.add_argument("run", metavar="RUN", help="run folder")
+    info.set_defaults(run_command=run_info)
+
+    for command in (demo, train):
+        command.set_defaults(needs=("rich", "matplotlib", "orbax.checkpoint"))
+    generate.set_defaults(needs=("rich", "orbax.checkpoint"))
+    info.set_defaults(needs=("rich",))
+    return parser
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser.add_argument("--max-new-bytes", type=int, default=200, metavar="N")
+    parser.add_argument("--greedy", action="store_true", help="always the best byte")
+    parser.add_argument("--temperature", type=float, default=0.7, metavar="T")
+    parser.add_argument("--top-k", type=int, metavar="K", help="of the K best only")
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="of the smallest set of probability P"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--stop-byte", type=int, default=0, metavar="BYTE", help="ends the text"
+    )
+    parser.set_defaults(run_command=run_generate)
