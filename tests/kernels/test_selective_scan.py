@@ -1,14 +1,11 @@
 """The selective scan's values, against the NumPy loop."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from capibara_eqx.kernels import selective_scan
-from capibara_eqx.kernels._selective_scan.specs import TEST_SPECS
-from hypothesis import given, settings, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 from support import numpy_oracles as oracles
 from support.kernel_cases import (
     IMPLEMENTATIONS,
@@ -17,7 +14,11 @@ from support.kernel_cases import (
     rounded,
     scan_arguments,
 )
+from support.precision import enable_x64
 from support.tolerances import assert_close, assert_rounded
+
+from capibara_eqx.kernels import selective_scan
+from capibara_eqx.kernels._selective_scan.specs import TEST_SPECS
 
 
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -37,7 +38,7 @@ OPTIONS = ["D", "z", "delta_bias", "initial_state", "reset"]
 def check(arguments, implementation, dtype, delta_softplus=True):
     """Run in `dtype` and compare both results with the oracle on the same inputs."""
     run = compiled("selective_scan", implementation, delta_softplus=delta_softplus)
-    with jax.enable_x64(dtype == "float64"):
+    with enable_x64(dtype == "float64"):
         inputs = cast(arguments, dtype)
         y, final_state = run(**inputs)
         want_y, want_state = oracles.selective_scan(
@@ -70,10 +71,9 @@ def test_each_option_alone_without_softplus(option, implementation):
 @pytest.mark.parametrize("narrow", ["all", "sequences"])
 def test_bfloat16_is_computed_in_float32_and_rounded_once(narrow, implementation):
     arguments = scan_arguments((2,), 65, 3, 4)
-    inputs = cast(arguments, "bfloat16")
-    wide = ("initial_state",) if narrow == "all" else ("A", "D", "delta_bias")
-    wide = {*wide, "initial_state"}
-    inputs |= cast({name: arguments[name] for name in wide}, "float32")
+    parameters = () if narrow == "all" else ("A", "D", "delta_bias")
+    wide = {name: arguments[name] for name in ("initial_state", *parameters)}
+    inputs = cast(arguments, "bfloat16") | cast(wide, "float32")
     run = compiled("selective_scan", implementation, delta_softplus=True)
     y, final_state = run(**inputs)
     want_y, want_state = oracles.selective_scan(**rounded(inputs), delta_softplus=True)
@@ -158,7 +158,6 @@ def test_vmap_over_batch_and_over_every_argument(implementation):
 SEQ = 7
 seeds = st.integers(0, 2**32 - 1)
 inside = st.integers(1, SEQ - 1)
-slow_start = functools.partial(settings, max_examples=30, deadline=None)
 
 
 def sliced(inputs, start, stop):
@@ -176,7 +175,6 @@ def assert_same(got, want):
 
 
 @both
-@slow_start()
 @given(seed=seeds, at=inside)
 def test_a_run_may_be_split_anywhere(implementation, seed, at):
     inputs = cast(scan_arguments((2,), SEQ, 3, 4, seed=seed), "float32")
@@ -188,7 +186,6 @@ def test_a_run_may_be_split_anywhere(implementation, seed, at):
 
 
 @both
-@slow_start()
 @given(seed=seeds, at=inside)
 def test_a_reset_separates_two_runs(implementation, seed, at):
     arguments = scan_arguments((2,), SEQ, 3, 4, seed=seed)
@@ -203,7 +200,6 @@ def test_a_reset_separates_two_runs(implementation, seed, at):
 
 
 @both
-@slow_start()
 @given(
     seed=seeds,
     resets=st.lists(st.booleans(), min_size=2 * SEQ, max_size=2 * SEQ),

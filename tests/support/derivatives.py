@@ -1,8 +1,8 @@
 """Checks of the derivatives of a JAX function against a NumPy loop.
 
-The JAX `function` and the NumPy `oracle` both take a dictionary of arrays and return one
-real number. What the library differentiates is compared with finite differences of the
-oracle, never with finite differences of itself. Everything runs in float64.
+The JAX `function` and the NumPy `oracle` both take a dictionary of arrays and return
+one real number. What the library differentiates is compared with finite differences of
+the oracle, never with finite differences of itself. Everything runs in float64.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-
 from support.finite_differences import (
     Difference,
     Point,
     directional_derivative,
     random_direction,
 )
+from support.precision import enable_x64
 from support.tolerances import DIFFERENCE_TOLERANCES, assert_close
 
 
@@ -74,7 +74,7 @@ def _assert_difference(got: object, want: Difference, order: int, name: str) -> 
 def check_first_order(function: Function, oracle: Oracle, point: Point, seed: int = 0):
     """Reverse and forward mode, in every input, against the oracle."""
     rng = np.random.default_rng(seed)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         arrays = as_arrays(point)
         value, gradient = jax.jit(jax.value_and_grad(function))(arrays)
         forward = jax.jit(lambda p, v: jax.jvp(function, (p,), (v,))[1])
@@ -88,10 +88,10 @@ def check_first_order(function: Function, oracle: Oracle, point: Point, seed: in
 
 
 def check_second_order(function: Function, oracle: Oracle, point: Point, seed: int = 0):
-    """The Hessian in every input: reverse over reverse, forward over reverse, oracle."""
+    """The Hessian in every input, both modes over reverse, against the oracle."""
     rng = np.random.default_rng(seed)
     common = random_direction(point, list(point), rng)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         arrays, along = as_arrays(point), _full_direction(point, common)
         mixed = jax.jit(hessian_product(function, along))(arrays)
         reverse = jax.jit(jax.grad(gradient_along(function, along)))(arrays)
@@ -110,7 +110,7 @@ def check_third_order(function: Function, oracle: Oracle, point: Point, seed: in
     rng = np.random.default_rng(seed)
     directions = [random_direction(point, list(point), rng) for _ in range(3)]
     want = directional_derivative(oracle, point, *directions)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         nested = function
         for direction in directions:
             nested = gradient_along(nested, _full_direction(point, direction))
@@ -121,7 +121,7 @@ def check_vmap_of_derivatives(function: Function, points: list[Point], seed: int
     """`vmap` of grad, jvp and Hessian product equals one point after the other."""
     rng = np.random.default_rng(seed)
     direction = random_direction(points[0], list(points[0]), rng)
-    with jax.enable_x64(True):
+    with enable_x64(True):
         along = _full_direction(points[0], direction)
 
         def derivatives(arrays: Arrays) -> dict[str, object]:
@@ -131,7 +131,9 @@ def check_vmap_of_derivatives(function: Function, points: list[Point], seed: int
                 "hessian product": hessian_product(function, along)(arrays),
             }
 
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(as_arrays, points))
+        stacked = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves), *map(as_arrays, points)
+        )
         together = jax.jit(jax.vmap(derivatives))(stacked)
         alone = jax.jit(derivatives)
         for index, point in enumerate(points):

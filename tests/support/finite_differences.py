@@ -7,9 +7,9 @@ applied once for each direction. With step h its error is
 
 where u is the rounding error of f itself. `h = eps^(1 / (4 + k))` balances the two when
 the higher derivatives are about as large as f, so inputs should be of order one and
-directions of length one. The truncation is not taken on trust: the stencil is evaluated
-with h and with 2 h, whose errors differ by a factor of 16, and their distance is part of
-the bound that comes back.
+directions of length one. The truncation is not taken on trust: the stencil is
+evaluated with h and with 2 h, whose errors differ by a factor of 16, and their distance
+is part of the bound that comes back.
 """
 
 import dataclasses

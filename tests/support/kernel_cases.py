@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from capibara_eqx.kernels import causal_conv, linear_recurrence, selective_scan
 from jax.typing import ArrayLike
-
 from support import numpy_oracles as oracles
+
+from capibara_eqx.kernels import causal_conv, linear_recurrence, selective_scan
 
 
 IMPLEMENTATIONS = ("reference", "xla")
@@ -121,7 +121,7 @@ def random_segment_ids(rng: np.random.Generator, shape: Sequence[int]) -> np.nda
     return np.where(rng.random(shape) < 0.25, -1 - ids, ids).astype(np.int32)
 
 
-def cast(arguments: Arguments, dtype: str) -> dict[str, jax.Array]:
+def cast(arguments: Arguments, dtype: str) -> dict[str, Any]:
     """The arguments as JAX arrays, the real ones in `dtype`, complex ones as wide."""
     cast_arguments = {}
     for name, values in arguments.items():
@@ -135,7 +135,7 @@ def cast(arguments: Arguments, dtype: str) -> dict[str, jax.Array]:
     return cast_arguments
 
 
-def rounded(arguments: Mapping[str, ArrayLike]) -> Arguments:
+def rounded(arguments: Mapping[str, ArrayLike]) -> dict[str, Any]:
     """What the arguments are worth after rounding, for the oracle."""
     known = {}
     for name, values in arguments.items():

@@ -169,8 +169,8 @@ def causal_conv(
 ) -> tuple[Array, Array]:
     """A causal convolution that runs every document on its own, padding removed.
 
-    The first document of a row continues from `initial_state`. The final state holds the
-    last inputs of the last document, zeros before its start.
+    The first document of a row continues from `initial_state`. The final state holds
+    the last inputs of the last document, zeros before its start.
     """
     x, weight = wide(x), wide(weight)
     bias = None if bias is None else wide(bias)
@@ -182,18 +182,16 @@ def causal_conv(
         history = [np.zeros(c_in)] * memory
         if initial_state is not None:
             history = list(wide(initial_state)[row])
-        ids = np.zeros(seq, int) if segment_ids is None else np.asarray(segment_ids)[row]
+        ids = (
+            np.zeros(seq, int) if segment_ids is None else np.asarray(segment_ids)[row]
+        )
         for number, positions in enumerate(documents(ids)):
             if number > 0:
                 history = [np.zeros(c_in)] * memory
             for t in positions:
                 history = [*history, x[(*row, t)]]
-                y[(*row, t)] = _conv_last_token(
-                    history, weight, bias, dilation, groups
-                )
-        final_state[row] = np.reshape(
-            history[len(history) - memory :], (memory, c_in)
-        )
+                y[(*row, t)] = _conv_last_token(history, weight, bias, dilation, groups)
+        final_state[row] = np.reshape(history[len(history) - memory :], (memory, c_in))
     return y, final_state
 
 
@@ -258,8 +256,8 @@ def mamba_layer(
 
     `params` holds `in_proj.weight` (2 d_inner, d_model), `conv1d.weight`
     (d_inner, 1, d_conv), `x_proj.weight` (dt_rank + 2 d_state, d_inner),
-    `dt_proj.weight` (d_inner, dt_rank), `dt_proj.bias`, `A_log` (d_inner, d_state), `D`,
-    `out_proj.weight` (d_model, d_inner), and if the layer has them `conv1d.bias`,
+    `dt_proj.weight` (d_inner, dt_rank), `dt_proj.bias`, `A_log` (d_inner, d_state),
+    `D`, `out_proj.weight` (d_model, d_inner), and if the layer has them `conv1d.bias`,
     `in_proj.bias`, `out_proj.bias`. `activation` follows the convolution; the gate is
     always SiLU. Packed documents run separately; padding gives zero.
     """
@@ -267,7 +265,9 @@ def mamba_layer(
     batch, seq = x.shape[:-2], x.shape[-2]
     y = np.zeros((*batch, seq, wide(params["out_proj.weight"]).shape[0]))
     for row in np.ndindex(batch):
-        ids = np.zeros(seq, int) if segment_ids is None else np.asarray(segment_ids)[row]
+        ids = (
+            np.zeros(seq, int) if segment_ids is None else np.asarray(segment_ids)[row]
+        )
         for positions in documents(ids):
             y[row][positions] = _mamba_document(params, x[row][positions], activation)
     return y

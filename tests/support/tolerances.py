@@ -48,7 +48,7 @@ def assert_close(
     factor: float = 8.0,
     name: str = "result",
 ) -> None:
-    """Fail where `actual` is further from `expected` than arithmetic in `dtype` explains.
+    """Fail if `actual` is further from `expected` than arithmetic in `dtype` explains.
 
     The error allowed is `tolerance * max |expected|`, the error of a sum whose terms
     are as large as the largest result.
@@ -76,8 +76,8 @@ def assert_rounded(
 ) -> None:
     """Fail unless `actual` is `expected` computed in float32 and then rounded.
 
-    Each value may be off by one spacing of `actual`'s own dtype, relative to itself, and
-    by the float32 tolerance relative to the largest value: a sum accumulated in a
+    Each value may be off by one spacing of `actual`'s own dtype, relative to itself,
+    and by the float32 tolerance relative to the largest value: a sum accumulated in a
     narrow dtype does not pass.
     """
     narrow = jnp.dtype(jnp.asarray(actual).dtype).name

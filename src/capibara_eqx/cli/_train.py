@@ -2,6 +2,7 @@ import argparse
 import time
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -14,6 +15,7 @@ from ..train import (
     RunFolder,
     Trainer,
     TrainResult,
+    build_model,
     cached_logits_error,
     heldout_bits_per_byte,
     plot_loss,
@@ -50,6 +52,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         if "steps" not in given and "seconds" not in given:
             given["seconds"] = _DEFAULT_SECONDS
         config = RunConfig(**given)
+        # Settings that no model can have are found before anything is written.
+        eqx.filter_eval_shape(build_model, config)
         corpus = _read(config)
         out = arguments.out or time.strftime("runs/%Y%m%d-%H%M%S")
         run = RunFolder.create(out, config)

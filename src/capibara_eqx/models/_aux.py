@@ -10,8 +10,7 @@ def aux_losses(aux: PyTree) -> dict[str, Float[Array, ""]]:
 
     **Arguments:**
 
-    - `aux`: `ModelOutput.aux`, a PyTree with `AbstractAux` nodes in it; in a scanned
-        stack their arrays carry a leading layer axis.
+    - `aux`: `ModelOutput.aux`, a PyTree with `AbstractAux` nodes in it.
 
     **Returns:**
 
@@ -22,5 +21,5 @@ def aux_losses(aux: PyTree) -> dict[str, Float[Array, ""]]:
     for node in nodes:
         if isinstance(node, AbstractAux):
             for name, loss in node.losses().items():
-                total[name] = total.get(name, jnp.zeros(())) + jnp.sum(loss)
+                total[name] = total.get(name, jnp.zeros(())) + loss
     return total

@@ -46,11 +46,12 @@ def model_cost(model: LanguageModel) -> list[Cost]:
     rows = [_cost("embedding", model.embedding, None, 0)]
     if isinstance(blocks, tuple):
         for index, block in enumerate(blocks):
+            flops = _flops(block)
             cache = eqx.filter_eval_shape(block.init_cache)
-            rows.append(_cost(f"block {index}", block, cache, _flops(block)))
+            rows.append(_cost(f"block {index}", block, cache, flops))
     else:
-        cache = eqx.filter_eval_shape(model.stack.init_cache)
         flops = model.stack.num_blocks * _flops(blocks)
+        cache = eqx.filter_eval_shape(model.stack.init_cache)
         name = f"{model.stack.num_blocks} blocks"
         rows.append(_cost(name, blocks, cache, flops))
     rows.append(_cost("norm", model.norm, None, _flops(model.norm)))

@@ -77,8 +77,7 @@ class Stack(eqx.Module):
 
         **Returns:**
 
-        `(y, aux)`: aux is a tuple of what each block reports, or, when scanned, what
-        one block reports with a leading layer axis.
+        `(y, aux)`: aux is a tuple of what each block reports.
         """
         if not self.scan:
             reports = []
@@ -94,7 +93,12 @@ class Stack(eqx.Module):
             arrays, key = layer
             return self._run(eqx.combine(arrays, static), x, segment_ids, key)
 
-        return jax.lax.scan(body, x, (arrays, keys))
+        x, stacked = jax.lax.scan(body, x, (arrays, keys))
+        # One report a block again, so that nobody sums over a layer axis by mistake.
+        layers = range(self.num_blocks)
+        return x, tuple(
+            jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in layers
+        )
 
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None

@@ -50,7 +50,14 @@ class Checkpointer:
             enable_async_checkpointing=False,
             cleanup_tmp_directories=True,
         )
-        self._manager = self._ocp.CheckpointManager(self.folder, options=options)
+        # Named here, so that what another process wrote can be described too.
+        handlers = {
+            "state": self._ocp.StandardCheckpointHandler(),
+            "meta": self._ocp.JsonCheckpointHandler(),
+        }
+        self._manager = self._ocp.CheckpointManager(
+            self.folder, options=options, item_handlers=handlers
+        )
 
     def __enter__(self) -> "Checkpointer":
         return self

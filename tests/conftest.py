@@ -1,0 +1,59 @@
+import itertools
+import os
+import secrets
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# In the environment, and before jax is imported, so that the processes that tests
+# start share these settings.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One worker a core, so one compute thread a worker: NPROC sizes XLA's pool.
+    os.environ.setdefault("NPROC", "1")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from jaxtyping import PRNGKeyArray  # noqa: E402
+
+
+IN_CI = os.environ.get("CI") == "true"
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+settings.register_profile(
+    "capibara", deadline=None, derandomize=IN_CI, max_examples=30
+)
+settings.load_profile("capibara")
+
+
+def test_seed(nodeid: str) -> int:
+    replayed = os.environ.get("CAPIBARA_TEST_SEED")
+    if replayed is not None:
+        return int(replayed)
+    return zlib.crc32(nodeid.encode()) if IN_CI else secrets.randbelow(2**32)
+
+
+@pytest.fixture
+def getkey(request: pytest.FixtureRequest) -> Callable[[], PRNGKeyArray]:
+    """A function that returns a new `jax.random` key at every call.
+
+    The keys follow from one seed a test, new at every run (in CI: fixed by the
+    test's name). A failure's report shows the seed, and the test runs again with the
+    same keys under `CAPIBARA_TEST_SEED=<seed>`. In a `hypothesis` test draw an
+    integer seed instead, so that a failing example stays the same.
+    """
+    seed = test_seed(request.node.nodeid)
+    print(f"getkey: run this again with CAPIBARA_TEST_SEED={seed}")
+    root = jax.random.key(seed)
+    calls: Iterator[int] = itertools.count()
+    return lambda: jax.random.fold_in(root, next(calls))

@@ -1,0 +1,94 @@
+"""The kernels against the implementations of Hugging Face and PyTorch, in float32.
+
+Needs the extra `peers`. Hugging Face scans in float32 and from a zero state.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from support.kernel_cases import IMPLEMENTATIONS, conv_arguments, scan_arguments
+from support.tolerances import assert_close
+
+from capibara_eqx.kernels import causal_conv, selective_scan
+
+
+torch = pytest.importorskip("torch", reason="needs the extra `peers`")
+modeling_mamba = pytest.importorskip(
+    "transformers.models.mamba.modeling_mamba", reason="needs the extra `peers`"
+)
+if not hasattr(modeling_mamba, "mamba_selective_scan"):
+    pytest.skip(
+        "this release of transformers has no `mamba_selective_scan`",
+        allow_module_level=True,
+    )
+
+pytestmark = pytest.mark.slow
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+def tensors(arguments, channels_first):
+    """Torch float32 tensors, `(batch, channels, seq)` for the names given."""
+    return {
+        name: torch.tensor(
+            np.swapaxes(values, -1, -2) if name in channels_first else values,
+            dtype=torch.float32,
+        )
+        for name, values in arguments.items()
+    }
+
+
+def arrays(arguments) -> dict[str, Any]:
+    return {name: jnp.asarray(values, "float32") for name, values in arguments.items()}
+
+
+@both
+@pytest.mark.parametrize("options", [("D",), ("D", "z", "delta_bias")], ids=str)
+@pytest.mark.parametrize("seq", [1, 7, 65])
+def test_selective_scan_of_transformers(seq, options, implementation):
+    arguments = scan_arguments((2,), seq, 5, 16, options=options)
+    theirs = tensors(arguments, ("u", "delta", "B", "C", "z"))
+    first = [theirs.pop(name) for name in ("u", "delta")]
+    want_y, want_state = modeling_mamba.mamba_selective_scan(
+        *first, **theirs, delta_softplus=True, return_last_state=True
+    )
+    y, final_state = selective_scan(
+        **arrays(arguments), delta_softplus=True, implementation=implementation
+    )
+    # Both sides round in float32, so the difference may be twice the tolerance.
+    want_y = np.swapaxes(want_y.numpy(), -1, -2)
+    assert_close(y, want_y, dtype=np.float32, length=seq + 16, factor=16)
+    assert_close(
+        final_state, want_state.numpy(), dtype=np.float32, length=seq, factor=16
+    )
+
+
+@both
+def test_causal_conv_of_transformers(implementation):
+    arguments = conv_arguments((2,), 33, 5, 5, 4, groups=5, options=("bias",))
+    theirs = tensors(arguments, ("x",))
+    theirs["weight"] = theirs["weight"][:, 0]
+    want = modeling_mamba.causal_conv1d_fn(theirs.pop("x"), **theirs)
+    y, _ = causal_conv(**arrays(arguments), groups=5, implementation=implementation)
+    want = np.swapaxes(want.numpy(), -1, -2)
+    assert_close(y, want, dtype=np.float32, length=5, factor=16)
+
+
+@both
+@pytest.mark.parametrize(("groups", "dilation"), [(1, 1), (2, 3), (4, 2)])
+def test_causal_conv_of_torch(groups, dilation, implementation):
+    arguments = conv_arguments((2,), 33, 4, 8, 3, groups=groups, options=("bias",))
+    theirs = tensors(arguments, ("x",))
+    padded = torch.nn.functional.pad(theirs["x"], (2 * dilation, 0))
+    want = torch.nn.functional.conv1d(
+        padded, theirs["weight"], theirs["bias"], dilation=dilation, groups=groups
+    )
+    y, _ = causal_conv(
+        **arrays(arguments),
+        groups=groups,
+        dilation=dilation,
+        implementation=implementation,
+    )
+    want = np.swapaxes(want.numpy(), -1, -2)
+    assert_close(y, want, dtype=np.float32, length=13, factor=16)

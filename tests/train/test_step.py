@@ -1,0 +1,144 @@
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from capibara_eqx.layers import AbstractAux, Mamba
+from capibara_eqx.models import LanguageModel, ResidualBlock, mamba_language_model
+from capibara_eqx.train import (
+    cast_for_compute,
+    init_train_state,
+    make_train_step,
+    next_token_loss,
+)
+
+
+def _model(seed=0):
+    return mamba_language_model(11, 8, 2, d_state=2, key=jax.random.key(seed))
+
+
+def _batch(rows=4, length=9):
+    return np.random.default_rng(0).integers(0, 11, (rows, length)).astype(np.int32)
+
+
+def test_loss_equals_numpy():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(2, 3, 5))
+    targets = rng.integers(0, 5, (2, 3))
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = -np.mean(np.log(np.take_along_axis(p, targets[..., None], -1)))
+    loss = next_token_loss(jnp.asarray(logits, jnp.float32), jnp.asarray(targets))
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def test_step_is_gradient_descent_on_the_loss():
+    # With plain SGD the change of the parameters is the gradient, which autodiff of
+    # the written-out loss gives another way.
+    model, batch = _model(), _batch()
+    optimizer = optax.sgd(0.1)
+    before = jax.tree.map(jnp.copy, eqx.filter(model, eqx.is_inexact_array))
+
+    def loss(model):
+        log_p = jax.nn.log_softmax(model(jnp.asarray(batch[:, :-1])))
+        return -jnp.mean(
+            jnp.take_along_axis(log_p, jnp.asarray(batch[:, 1:, None]), axis=-1)
+        )
+
+    value, grads = eqx.filter_value_and_grad(loss)(model)
+    state, metrics = make_train_step(optimizer)(
+        init_train_state(model, optimizer), batch
+    )
+    after = eqx.filter(state.model, eqx.is_inexact_array)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-6)
+    norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
+    assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
+    assert int(state.step) == 1
+    for old, new, grad in zip(
+        *map(jax.tree.leaves, (before, after, grads)), strict=True
+    ):
+        np.testing.assert_allclose(new, old - 0.1 * grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_accumulation_changes_nothing(parts):
+    optimizer = optax.sgd(0.5)
+    results = []
+    for accumulation in (1, parts):
+        step = make_train_step(optimizer, accumulation=accumulation)
+        state, metrics = step(init_train_state(_model(), optimizer), _batch())
+        results.append((jax.tree.leaves(state.model), metrics["loss"]))
+    (whole, loss), (parted, parted_loss) = results
+    assert float(loss) == pytest.approx(float(parted_loss), rel=1e-6)
+    for a, b in zip(whole, parted, strict=True):
+        if eqx.is_array(a):
+            np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
+    model = _model()
+    cast = cast_for_compute(model, jnp.bfloat16)
+    mixer = cast.stack.blocks[0].mixer
+    assert mixer.in_proj.weight.dtype == jnp.bfloat16
+    assert mixer.A_log.dtype == mixer.D.dtype == jnp.float32
+    assert cast(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.bfloat16
+
+    optimizer = optax.sgd(0.1)
+    step = make_train_step(optimizer, compute_dtype=jnp.bfloat16)
+    full = make_train_step(optimizer)
+    state, metrics = step(init_train_state(_model(), optimizer), _batch())
+    _, exact = full(init_train_state(_model(), optimizer), _batch())
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.model) if eqx.is_array(leaf)}
+    assert dtypes == {jnp.dtype(jnp.float32)}
+    # Logits carry a relative error of bfloat16's 2^-8; they are below 1 here.
+    assert abs(float(metrics["loss"] - exact["loss"])) < 2**-7
+    assert float(metrics["loss"]) != float(exact["loss"])
+
+
+class _Balance(AbstractAux):
+    load: jax.Array
+
+    def losses(self):
+        return {"balance": jnp.mean(self.load**2)}
+
+
+class _Reporting(Mamba):
+    def __call__(self, x, *, segment_ids=None, key=None):
+        y = super().__call__(x, segment_ids=segment_ids, key=key)
+        return y, _Balance(jnp.mean(y, axis=tuple(range(y.ndim - 1))))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_aux_losses_reach_the_objective(getkey, scan):
+    blocks = [ResidualBlock(_Reporting(8, d_state=2, key=getkey()), 8) for _ in "ab"]
+    model = LanguageModel(11, 8, blocks, scan=scan, key=getkey())
+    optimizer = optax.sgd(1.0)
+    batch = _batch()
+    output = model.forward(jnp.asarray(batch[:, :-1]))
+    expected = sum(float(jnp.mean(aux.load**2)) for aux in output.aux)
+
+    moved = []
+    for weights in ({}, {"balance": 3.0}):
+        copy = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, model)
+        step = make_train_step(optimizer, aux_weights=weights)
+        state, metrics = step(init_train_state(copy, optimizer), batch)
+        assert float(metrics["balance"]) == pytest.approx(expected, rel=1e-5)
+        moved.append(state.model.embedding.weight)
+    assert not np.array_equal(moved[0], moved[1])
+
+
+@pytest.mark.errors
+def test_step_errors():
+    optimizer = optax.sgd(0.1)
+    state = init_train_state(_model(), optimizer)
+    with pytest.raises(ValueError, match="`accumulation` = 3 must divide"):
+        make_train_step(optimizer, accumulation=3)(state, _batch())
+    with pytest.raises(ValueError, match="`accumulation` must be positive"):
+        make_train_step(optimizer, accumulation=0)
+    with pytest.raises(ValueError, match="`batch` must hold integer"):
+        make_train_step(optimizer)(state, _batch().astype(np.float32))
+    with pytest.raises(ValueError, match="`aux_weights` names .'balanse'"):
+        make_train_step(optimizer, aux_weights={"balanse": 1.0})(state, _batch())
