@@ -19,10 +19,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("NPROC", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from jaxtyping import PRNGKeyArray  # noqa: E402
+import jax
+import pytest
+from hypothesis import settings
+from jaxtyping import PRNGKeyArray
 
 
 IN_CI = os.environ.get("CI") == "true"
@@ -36,7 +36,7 @@ settings.register_profile(
 settings.load_profile("capibara")
 
 
-def test_seed(nodeid: str) -> int:
+def seed_of(nodeid: str) -> int:
     replayed = os.environ.get("CAPIBARA_TEST_SEED")
     if replayed is not None:
         return int(replayed)
@@ -52,7 +52,7 @@ def getkey(request: pytest.FixtureRequest) -> Callable[[], PRNGKeyArray]:
     same keys under `CAPIBARA_TEST_SEED=<seed>`. In a `hypothesis` test draw an
     integer seed instead, so that a failing example stays the same.
     """
-    seed = test_seed(request.node.nodeid)
+    seed = seed_of(request.node.nodeid)
     print(f"getkey: run this again with CAPIBARA_TEST_SEED={seed}")
     root = jax.random.key(seed)
     calls: Iterator[int] = itertools.count()
