@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.derivatives import (
-    as_arrays,
     check_first_order,
+    check_gradient,
     check_second_order,
     check_third_order,
     check_vmap_of_derivatives,
+    quick_jit,
 )
 from support.kernel_cases import (
     IMPLEMENTATIONS,
@@ -24,8 +25,6 @@ from support.kernel_cases import (
     scan_arguments,
     split_fixed,
 )
-from support.precision import enable_x64
-from support.tolerances import assert_close
 
 from capibara_eqx.kernels import selective_scan
 
@@ -99,20 +98,6 @@ def over(cases):
     return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
 
 
-@functools.cache
-def plain_gradient(name, implementation):
-    """The loss of a case and its gradient, jitted and nothing else."""
-    function, _, point = pair(CASES[name], implementation)
-    with enable_x64(True):
-        return jax.jit(jax.value_and_grad(function))(as_arrays(point))
-
-
-def assert_plain_gradient(got, name, implementation):
-    want = plain_gradient(name, implementation)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert_close(one, other, dtype=np.float64, length=100)
-
-
 @both
 @over(CASES)
 def test_first_order(case, implementation):
@@ -157,48 +142,51 @@ def test_third_order(case):
 @fast
 @over(CASES)
 def test_vmap_of_derivatives(case, implementation):
-    function, _, point = pair(case, implementation)
-    check_vmap_of_derivatives(function, [point, {n: v * 0.7 for n, v in point.items()}])
+    function, oracle, point = pair(case, implementation)
+    other = {name: values * 0.7 for name, values in point.items()}
+    check_vmap_of_derivatives(function, oracle, [point, other])
 
 
 @fast
-@pytest.mark.parametrize("name", CASES)
-def test_checkpoint_changes_no_gradient(name, implementation):
-    function, _, point = pair(CASES[name], implementation)
-    with enable_x64(True):
-        derivative = jax.jit(jax.value_and_grad(jax.checkpoint(function)))
-        assert_plain_gradient(derivative(as_arrays(point)), name, implementation)
+@over(CASES)
+def test_gradient_through_checkpoint(case, implementation):
+    function, oracle, point = pair(case, implementation)
+    check_gradient(jax.checkpoint(function), oracle, point)
 
 
 @fast
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_shard_map_over_the_batch(name, axis_type, implementation):
-    operation, arguments, static = CASES[name]
+@over(CASES)
+def test_gradient_through_shard_map(case, axis_type, implementation):
+    operation, arguments, static = case
+    smooth, fixed = split_fixed(arguments)
     shared = ("A", "D", "delta_bias", "weight", "bias")
+    specs = {
+        name: PartitionSpec() if name in shared else PartitionSpec("data")
+        for name in arguments
+    }
     mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,))
-    specs = [
-        {n: PartitionSpec() if n in shared else PartitionSpec("data") for n in part}
-        for part in split_fixed(arguments)
-    ]
 
-    def loss(smooth, known):
+    def place(point):
+        return {
+            name: jax.device_put(values, NamedSharding(mesh, specs[name]))
+            for name, values in point.items()
+        }
+
+    def shard_loss(point, known):
         function, _ = loss_pair(operation, implementation, known, **static)
-        return function(smooth)[None]
+        return function(point)[None]
 
     sharded = jax.shard_map(
-        loss, mesh=mesh, in_specs=tuple(specs), out_specs=PartitionSpec("data")
+        shard_loss,
+        mesh=mesh,
+        in_specs=({n: specs[n] for n in smooth}, {n: specs[n] for n in fixed}),
+        out_specs=PartitionSpec("data"),
     )
-    with enable_x64(True):
-        smooth, known = (
-            {
-                n: jax.device_put(v, NamedSharding(mesh, where[n]))
-                for n, v in part.items()
-            }
-            for part, where in zip(split_fixed(arguments), specs, strict=True)
-        )
-        total = jax.jit(jax.value_and_grad(lambda *args: jnp.sum(sharded(*args))))
-        assert_plain_gradient(total(smooth, known), name, implementation)
+    _, oracle = loss_pair(operation, implementation, fixed, **static)
+    check_gradient(
+        lambda point: jnp.sum(sharded(point, place(fixed))), oracle, smooth, place
+    )
 
 
 @both
@@ -234,4 +222,4 @@ def finite_loss(implementation):
         )
         return jnp.sum(y * jnp.cos(y)) + jnp.sum(final_state)
 
-    return jax.jit(jax.grad(loss))
+    return quick_jit(jax.grad(loss))

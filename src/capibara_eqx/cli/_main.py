@@ -1,4 +1,5 @@
 import argparse
+import logging
 from collections.abc import Sequence
 
 from .. import __version__
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     The exit code: 0, 1 for an error or a failed check, 130 after Ctrl-C.
     """
     arguments = _parser().parse_args(argv)
+    # Orbax logs a traceback of its own before it raises; the message says enough.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         # Before anything is written: what a command needs must be there at its end.
         for module in arguments.needs:

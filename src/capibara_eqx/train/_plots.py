@@ -45,10 +45,12 @@ def plot_loss(
         axes.axhline(value, color="0.4", linewidth=0.6, linestyle=":")
         height = max(value, lowest + 0.16)
         label = f"{name.replace('_', ' ')} {value:.2f}"
-        axes.annotate(label, (end * 1.02, height), fontsize=8, va="center")
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axes.text(end * 1.02, height, label, fontsize=8, va="center", bbox=paper)
         lowest = height
     axes.set_xlim(0, end * 1.25)
-    axes.set_ylim(1, 6)
+    levels = [heldout_bits_per_byte, *references.values()]
+    axes.set_ylim(max(0, min(levels) - 0.3), max(levels) + 1)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel("bits per byte")
     axes.set_title("Loss of the run; dotted: references on the same held-out bytes")
@@ -56,7 +58,7 @@ def plot_loss(
     figure.savefig(path, dpi=120)
 
 
-def _smooth(values: Sequence[float], decay: float = 0.95) -> list[float]:
+def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:
     """Exponential moving average, without the pull of a start at zero."""
     smooth, total, weight = [], 0.0, 0.0
     for value in values:
