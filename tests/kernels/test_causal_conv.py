@@ -24,18 +24,21 @@ from capibara_eqx.kernels._causal_conv.specs import TEST_SPECS
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 # batch, seq, c_in, c_out, width, groups, dilation
-SHAPES = [
+ODD_SHAPES = [
     ((), 1, 1, 1, 1, 1, 1),
     ((1,), 2, 3, 3, 4, 3, 1),
-    ((2,), 7, 5, 3, 2, 1, 1),
     ((2, 3), 31, 4, 6, 3, 2, 2),
     ((2,), 33, 3, 3, 4, 3, 3),
-    ((), 65, 6, 3, 3, 3, 1),
     ((1,), 100, 1, 5, 5, 1, 1),
-    *(
-        ((s.batch,), s.seq, s.c_in, s.c_out, s.width, s.groups, s.dilation)
-        for s in TEST_SPECS
-    ),
+]
+NAMED_SHAPES = [
+    ((s.batch,), s.seq, s.c_in, s.c_out, s.width, s.groups, s.dilation)
+    for s in TEST_SPECS
+]
+# float64 is the sharper test, so it sees every shape.
+SHAPES = [
+    *((shape, "float64") for shape in (*ODD_SHAPES, *NAMED_SHAPES)),
+    *((shape, "float32") for shape in (ODD_SHAPES[-1], *NAMED_SHAPES)),
 ]
 
 
@@ -60,8 +63,7 @@ def check(arguments, implementation, dtype, **static):
 
 
 @both
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_every_option_in_odd_shapes(shape, dtype, implementation):
     *sizes, groups, dilation = shape
     static = {"groups": groups, "dilation": dilation}

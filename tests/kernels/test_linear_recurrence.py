@@ -24,12 +24,16 @@ from capibara_eqx.kernels._linear_recurrence.specs import TEST_SPECS
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 directions = pytest.mark.parametrize("reverse", [False, True])
 
-SHAPES = [
+ODD_SHAPES = [
     ((), 1, 1),
-    ((1,), 2, 3),
     ((2, 3), 31, 5),
     ((2,), 100, 1),
-    *(((spec.batch,), spec.seq, spec.d) for spec in TEST_SPECS),
+]
+NAMED_SHAPES = [((spec.batch,), spec.seq, spec.d) for spec in TEST_SPECS]
+# float64 is the sharper test, so it sees every shape.
+SHAPES = [
+    *((shape, "float64") for shape in (*ODD_SHAPES, *NAMED_SHAPES)),
+    *((shape, "float32") for shape in (ODD_SHAPES[-1], *NAMED_SHAPES)),
 ]
 
 
@@ -52,8 +56,7 @@ def check(arguments, implementation, dtype, reverse=False):
 
 @both
 @directions
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_odd_shapes(shape, dtype, reverse, implementation):
     check(recurrence_arguments(*shape), implementation, dtype, reverse)
 

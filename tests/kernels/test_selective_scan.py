@@ -23,14 +23,21 @@ from capibara_eqx.kernels._selective_scan.specs import TEST_SPECS
 
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
-SHAPES = [
+ODD_SHAPES = [
     ((), 1, 1, 1),
     ((1,), 2, 3, 4),
     ((2,), 7, 5, 16),
     ((2, 3), 31, 3, 1),
     ((), 65, 5, 4),
     ((2,), 100, 3, 16),
-    *(((spec.batch,), spec.seq, spec.d_inner, spec.d_state) for spec in TEST_SPECS),
+]
+NAMED_SHAPES = [
+    ((spec.batch,), spec.seq, spec.d_inner, spec.d_state) for spec in TEST_SPECS
+]
+# float64 is the sharper test, so it sees every shape.
+SHAPES = [
+    *((shape, "float64") for shape in (*ODD_SHAPES, *NAMED_SHAPES)),
+    *((shape, "float32") for shape in (ODD_SHAPES[-1], *NAMED_SHAPES)),
 ]
 OPTIONS = ["D", "z", "delta_bias", "initial_state", "reset"]
 
@@ -53,8 +60,7 @@ def check(arguments, implementation, dtype, delta_softplus=True):
 
 
 @both
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_every_option_in_odd_shapes(shape, dtype, implementation):
     check(scan_arguments(*shape), implementation, dtype)
 

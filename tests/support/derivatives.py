@@ -171,7 +171,7 @@ def check_third_order(
 def check_vmap_of_derivatives(
     function: Function, oracle: Oracle, points: list[Point], seed: int = 0
 ) -> None:
-    """`vmap` of grad, of jvp and of the Hessian product, over several points at once."""
+    """`vmap` of grad, of jvp and of the Hessian product, over several points."""
     rng = np.random.default_rng(seed)
     common = random_direction(points[0], list(points[0]), rng)
     with enable_x64(True):
