@@ -22,7 +22,7 @@ def lower_bounds(pyproject: Path, *extras: str) -> list[str]:
             pins.append(f"{bound[1]}=={bound[2]}")
         else:
             raise ValueError(
-                f"{pyproject}: {requirement!r} has no lower bound; write 'name>=version'"
+                f"{pyproject}: {requirement!r} has no lower bound: write name>=version"
             )
     return sorted(set(pins))
 

@@ -30,9 +30,7 @@ IN_CI = os.environ.get("CI") == "true"
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-settings.register_profile(
-    "capibara", deadline=None, derandomize=IN_CI, max_examples=30
-)
+settings.register_profile("capibara", deadline=None, derandomize=IN_CI, max_examples=30)
 settings.load_profile("capibara")
 
 

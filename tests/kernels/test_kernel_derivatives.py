@@ -116,17 +116,19 @@ def test_first_order_without_options(case, implementation):
     check_first_order(*pair(case, implementation))
 
 
-@both
+@fast
 @over(CASES)
 def test_second_order(case, implementation):
     check_second_order(*pair(case, implementation))
 
 
+@fast
 @over(LONG_CASES)
-def test_second_order_across_chunks(case):
-    check_second_order(*pair(case, "xla"))
+def test_second_order_across_chunks(case, implementation):
+    check_second_order(*pair(case, implementation))
 
 
+@fast
 @pytest.mark.parametrize(
     "case",
     [
@@ -135,8 +137,8 @@ def test_second_order_across_chunks(case):
     ],
     ids=["selective_scan", "linear_recurrence"],
 )
-def test_third_order(case):
-    check_third_order(*pair(case, "xla"))
+def test_third_order(case, implementation):
+    check_third_order(*pair(case, implementation))
 
 
 @fast

@@ -63,12 +63,14 @@ class Console:
 
 def describe(progress: Progress) -> str:
     """The numbers of a running training, for its bar."""
-    minutes, seconds = divmod(round(min(progress.remaining, 359999)), 60)
+    left = "--:--"
+    if math.isfinite(progress.remaining):
+        left = "{}:{:02d}".format(*divmod(round(progress.remaining), 60))
     return (
         f"step {progress.step}  loss {progress.loss:.3f}  "
         f"{progress.bits_per_byte:.3f} bits/byte  "
         f"{progress.tokens_per_second / 1000:.1f}k tokens/s  "
-        f"{minutes}:{seconds:02d} left"
+        f"{left} left"
     )
 
 

@@ -2,7 +2,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PyTree
+from jaxtyping import Integer, PyTree
 
 from ..models import LanguageModel
 from ._checkpoint import Checkpointer
@@ -25,7 +25,7 @@ def _both_ways(model, tokens, prefilled):
 
 
 def cached_logits_error(
-    model: LanguageModel, tokens: Int[np.ndarray, " seq"]
+    model: LanguageModel, tokens: Integer[np.ndarray, " seq"]
 ) -> tuple[float, float]:
     r"""How far the logits from the cache are from those of the full forward pass.
 

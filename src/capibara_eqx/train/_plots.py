@@ -6,7 +6,7 @@ from ..internal import require_extra
 
 def plot_loss(
     path: Path,
-    metrics: Sequence[Mapping[str, float]],
+    metrics: Sequence[Mapping[str, int | float]],
     heldout_bits_per_byte: float,
     references: Mapping[str, float],
 ) -> None:

@@ -88,12 +88,12 @@ class RunFolder:
         """The run's checkpoints."""
         return Checkpointer(self.checkpoints_path)
 
-    def append_metrics(self, values: dict[str, float]) -> None:
+    def append_metrics(self, values: dict[str, int | float]) -> None:
         """Add one line to metrics.jsonl."""
         with self.metrics_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def read_metrics(self) -> list[dict[str, float]]:
+    def read_metrics(self) -> list[dict[str, int | float]]:
         """All whole lines of metrics.jsonl."""
         if not self.metrics_path.exists():
             return []

@@ -1,0 +1,246 @@
+"""Contenders take turns, so that the noise of a shared machine hits all alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ._environment import Load
+from ._records import LEFT_OUT, MEASURED, MISSING, Measurement
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How long to measure.
+
+    `rounds` turns a contender, each of at most `calls` calls and about `turn_s`
+    seconds; a contender that has used `budget_s` seconds takes no further turn.
+    """
+
+    quick: bool = False
+    rounds: int = 12
+    calls: int = 8
+    turn_s: float = 0.25
+    budget_s: float = 25.0
+
+
+QUICK = Settings(quick=True, rounds=3, calls=3, turn_s=0.05, budget_s=1.0)
+FULL = Settings()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contender ready to be timed: `run` returns when its result is there."""
+
+    run: Callable[[], Any]
+    compile_ms: float | None = None
+    temp_bytes: int | None = None
+    # What the reference judges, where that is not the result of `run`.
+    outputs: Callable[[], Any] | None = None
+
+
+class Absent(Exception):
+    """The package of a peer is not installed, or not in a version that fits."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """An implementation under the name it is recorded by."""
+
+    implementation: str
+    prepare: Callable[[], Prepared]
+    left_out: str | None = None
+
+
+def compiled(function: Callable[..., Any], *args: Any) -> Prepared:
+    """`function` of fixed arguments, compiled by jax ahead of time."""
+    start = time.perf_counter()
+    executable = jax.jit(function).lower(*args).compile()
+    compile_ms = (time.perf_counter() - start) * 1e3
+    return Prepared(
+        lambda: jax.block_until_ready(executable(*args)),
+        compile_ms,
+        temp_bytes(executable),
+    )
+
+
+def temp_bytes(executable: Any) -> int | None:
+    """What the executable allocates beside its arguments and results."""
+    analysis = executable.memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def with_gradients(function: Callable[..., Any], cotangent: Any) -> Callable[..., Any]:
+    """`function` with its vector-Jacobian product: `(value, gradients)`."""
+
+    def value_and_gradients(*args):
+        value, pullback = jax.vjp(function, *args)
+        return value, pullback(cotangent)
+
+    return value_and_gradients
+
+
+def max_error(outputs: Any, reference: Any) -> float:
+    """Largest difference, in units of the largest value of the output it is in."""
+    got = jax.tree.leaves(outputs)
+    expected = jax.tree.leaves(reference)
+    if len(got) != len(expected):
+        raise ValueError(f"{len(got)} outputs, but the reference has {len(expected)}.")
+    errors = []
+    for value, exact in zip(got, expected, strict=True):
+        value = np.asarray(value, np.float64)
+        if value.shape != exact.shape:
+            raise ValueError(f"output of shape {value.shape}, not {exact.shape}.")
+        errors.append(np.max(np.abs(value - exact)) / np.max(np.abs(exact)))
+    # A maximum of Python's would let a NaN pass.
+    return float(np.max(errors))
+
+
+def race(
+    settings: Settings,
+    *,
+    operation: str,
+    spec: dict[str, Any],
+    mode: str,
+    contenders: Sequence[Contender],
+    reference: Callable[[], Any],
+) -> list[Measurement]:
+    """Time all contenders of one operation, shape and mode in turns.
+
+    **Arguments:**
+
+    - `settings`: how long.
+    - `operation`, `spec`, `mode`: what the records say.
+    - `contenders`: who takes part.
+    - `reference`: gives the float64 outputs to compare with.
+
+    **Returns:**
+
+    One measurement a contender, in their order, also of those that took no part.
+    """
+    lanes = [
+        _Lane(contender, Measurement(operation, contender.implementation, spec, mode))
+        for contender in contenders
+    ]
+    return _finish(settings, lanes, reference)
+
+
+def race_specs(
+    settings: Settings,
+    *,
+    operation: str,
+    mode: str,
+    entries: Sequence[tuple[dict[str, Any], Contender, Callable[[], Any]]],
+) -> list[Measurement]:
+    """As `race`, between shapes: each entry has its own spec and reference."""
+    lanes = [
+        _Lane(contender, Measurement(operation, contender.implementation, spec, mode))
+        for spec, contender, _ in entries
+    ]
+    references = [reference for _, _, reference in entries]
+    return _finish(settings, lanes, references)
+
+
+class _Lane:
+    def __init__(self, contender: Contender, measurement: Measurement):
+        self.contender = contender
+        self.measurement = measurement
+        self.prepared: Prepared | None = None
+        self.times: list[float] = []
+
+    def enter(self, settings: Settings, reference: Callable[[], Any]) -> None:
+        """Prepare, judge the first result, and take that call as a warm-up."""
+        if self.contender.left_out is not None:
+            self._out(LEFT_OUT, self.contender.left_out)
+            return
+        try:
+            prepared = self.contender.prepare()
+        except Absent as absence:
+            self._out(MISSING, str(absence))
+            return
+        self.prepared = prepared
+        start = time.perf_counter()
+        outputs = prepared.run()
+        first = time.perf_counter() - start
+        # So slow that a second call would tell little more than the first did.
+        if first > settings.budget_s:
+            self.times.append(first)
+        if prepared.outputs is not None:
+            outputs = prepared.outputs()
+        self.measurement = replace(
+            self.measurement,
+            compile_ms=_rounded(prepared.compile_ms),
+            temp_bytes=prepared.temp_bytes,
+            max_error=float(f"{max_error(outputs, reference()):.3g}"),
+        )
+
+    def turn(self, settings: Settings) -> None:
+        if self.prepared is None or sum(self.times) > settings.budget_s:
+            return
+        run = self.prepared.run
+        # The threads of the contender before are still spinning, and its data are in
+        # the caches: one call that does not count, where a call is cheap.
+        time.sleep(0.02)
+        if not self.times or self.times[-1] < settings.turn_s:
+            run()
+        start = time.perf_counter()
+        for _ in range(settings.calls):
+            before = time.perf_counter()
+            run()
+            after = time.perf_counter()
+            self.times.append(after - before)
+            if after - start > settings.turn_s:
+                break
+
+    def result(self, load: float | None) -> Measurement:
+        if self.measurement.status != MEASURED:
+            return self.measurement
+        times = [t * 1e3 for t in self.times]
+        return replace(
+            self.measurement,
+            evaluation_ms=[_rounded(t) for t in times],
+            median_ms=_rounded(statistics.median(times)),
+            load_of_others=load,
+        )
+
+    def _out(self, status: str, reason: str) -> None:
+        self.measurement = replace(self.measurement, status=status, reason=reason)
+
+
+def _finish(settings, lanes, references) -> list[Measurement]:
+    before = Load.now()
+    shared = None
+    for index, lane in enumerate(lanes):
+        if callable(references):
+            # Computed once, and only if somebody takes part.
+            if shared is None:
+                shared = _once(references)
+            lane.enter(settings, shared)
+        else:
+            lane.enter(settings, references[index])
+    for turn in range(settings.rounds):
+        # Everybody follows everybody else in turn.
+        shift = turn % len(lanes)
+        for lane in lanes[shift:] + lanes[:shift]:
+            lane.turn(settings)
+    load = None if before is None else before.of_others(Load.now())
+    return [lane.result(load) for lane in lanes]
+
+
+def _once(function: Callable[[], Any]) -> Callable[[], Any]:
+    cache: list[Any] = []
+
+    def call():
+        if not cache:
+            cache.append(function())
+        return cache[0]
+
+    return call
+
+
+def _rounded(value: Any) -> Any:
+    return None if value is None else float(f"{value:.5g}")

@@ -1,0 +1,117 @@
+"""What every layer owes: batch axes, streaming, causality. The cases are a table."""
+
+import math
+from functools import partial
+
+import jax
+import numpy as np
+from hypothesis import given, strategies as st
+from support.layer_cases import (
+    LENGTH,
+    call,
+    chunks,
+    close,
+    each,
+    fresh,
+    inputs,
+    packed_rows,
+    prefill,
+    run,
+    seeds,
+    step,
+)
+
+
+def everything(layer, x, ids, x_next):
+    """All that a mixer computes: a call, a prefill, a step."""
+    batch = x_next.shape[: ids.ndim - 1]
+    y, cache = prefill(layer, x, layer.init_cache(batch, max_len=LENGTH + 1), ids)
+    return call(layer, x, ids), y, cache, *step(layer, x_next, cache)
+
+
+def call_vmapped(layer, x, ids=None):
+    axes = x.ndim - 1 if ids is None else ids.ndim - 1
+    rows = (lambda x: call(layer, x)) if ids is None else partial(call, layer)
+    for _ in range(axes):
+        rows = jax.vmap(rows)
+    return rows(x) if ids is None else rows(x, ids)
+
+
+def row_by_row(case, x, ids, x_next):
+    """What `everything` gives, from functions of one row."""
+    y, cache = run(case, prefill, x, fresh(case), ids)
+    return run(case, call, x, ids), y, cache, *run(case, step, x_next, cache)
+
+
+def batches(batch):
+    rows = st.lists(packed_rows, min_size=math.prod(batch), max_size=math.prod(batch))
+    return rows.map(lambda rows: np.reshape(rows, (*batch, LENGTH)).astype("int32"))
+
+
+@each("mixer")
+@given(ids=st.sampled_from([(3,), (2, 2)]).flatmap(batches), seed=seeds)
+def test_batch_axes_are_rows_on_their_own(case, ids, seed):
+    *batch, _ = ids.shape
+    x = inputs(case, ids.shape, seed)
+    x_next = inputs(case, tuple(batch), seed + 1)
+    got = run(case, everything, x, ids, x_next)
+    vmapped = run(case, call_vmapped, x, ids)
+    for row in np.ndindex(*batch):
+        want = row_by_row(case, x[row], ids[row], x_next[row])
+        close(case, jax.tree.map(lambda leaf: leaf[row], got), want, f"row {row}")  # noqa: B023
+        close(case, vmapped[row], want[0], f"row {row} under vmap")
+
+
+@each("pointwise")
+@given(
+    shape=st.sampled_from([(2,), (3, 2)]),
+    function=st.sampled_from([call, call_vmapped]),
+    seed=seeds,
+)
+def test_pointwise_layers_take_any_axes(case, shape, function, seed):
+    x = inputs(case, shape, seed)
+    got = run(case, function, x)
+    for index in np.ndindex(shape):
+        close(case, got[index], run(case, call, x[index]), f"element {index}")
+
+
+@each("mixer")
+@given(cuts=chunks, seed=seeds)
+def test_call_is_prefill_is_any_split(case, cuts, seed):
+    x = inputs(case, (LENGTH,), seed)
+    want = run(case, call, x)
+    whole, want_cache = run(case, prefill, x, fresh(case))
+    close(case, whole, want, "prefill")
+    cache, parts = fresh(case), []
+    for start, stop in cuts:
+        y, cache = run(case, prefill, x[start:stop], cache)
+        parts.append(y)
+    close(case, np.concatenate(parts), want, "outputs of the chunks")
+    close(case, cache, want_cache, "cache after the chunks")
+
+
+@each("mixer")
+@given(first=st.integers(0, LENGTH - 1), seed=seeds)
+def test_call_is_a_loop_of_step(case, first, seed):
+    x = inputs(case, (LENGTH,), seed)
+    want = run(case, call, x)
+    _, want_cache = run(case, prefill, x, fresh(case))
+    cache = fresh(case)
+    if first > 0:
+        _, cache = run(case, prefill, x[:first], cache)
+    for t in range(first, LENGTH):
+        y, cache = run(case, step, x[t], cache)
+        close(case, y, want[t], f"step {t}")
+    close(case, cache, want_cache, "cache after the steps")
+
+
+@each("mixer")
+@given(at=st.integers(0, LENGTH - 1), seed=seeds)
+def test_no_output_sees_a_later_token(case, at, seed):
+    x = inputs(case, (LENGTH,), seed)
+    other = (x[at] + 1) % 7 if case.tokens else x[at] + 1.0
+    before, after = run(case, call, x), run(case, call, x.at[at].set(other))
+    np.testing.assert_array_equal(after[:at], before[:at])
+    assert np.any(np.abs(after[at] - before[at]) > 1e-4), "the token has no effect"
+    if case.remembers and at == 0:
+        assert np.any(after[at + 1 :] != before[at + 1 :]), "nothing is remembered"

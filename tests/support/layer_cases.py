@@ -1,0 +1,234 @@
+"""The table of layers that the contract tests run over, and how they are run.
+
+One line a layer: a new layer enters every contract test by its line in `CASES`.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+from support.tolerances import assert_close
+
+from capibara_eqx.layers import (
+    Conv1DBlock,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Mamba,
+    RMSNorm,
+)
+from capibara_eqx.models import (
+    LanguageModel,
+    ResidualBlock,
+    Stack,
+    mamba_language_model,
+)
+
+
+# Tokens a row. Packed rows are cut into pieces of 1, 2 and 4 tokens: between them
+# every point of a row can be a cut, and few functions have to be compiled.
+LENGTH = 6
+PIECES = (1, 2, 4)
+VOCAB = 7
+
+# The contract is about what is computed, not how fast: without the machine-code
+# optimiser a function compiles in about half the time.
+QUICK = {"xla_backend_optimization_level": 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A layer of the contract suite.
+
+    `width` is the size of the input's last axis. `terms` is about how many terms the
+    longest sum that makes an output has. `padding` is what the output holds where the
+    input is padding: "zero", "input" (a residual stream), or "any" (scores).
+    `remembers` is false for a mixer whose output depends on the current token alone.
+    """
+
+    name: str
+    make: Callable[[Any], Any]
+    width: int
+    terms: int
+    mixer: bool = True
+    tokens: bool = False
+    padding: str = "zero"
+    remembers: bool = True
+    slow: bool = False
+
+
+def _stack(scan: bool) -> Callable[[Any], Stack]:
+    def make(key):
+        keys = jax.random.split(key, 2)
+        blocks = [ResidualBlock(Mamba(3, 2, d_conv=2, key=k), 3) for k in keys]
+        return Stack(blocks, scan=scan)
+
+    return make
+
+
+def _scanned_model(key) -> LanguageModel:
+    return mamba_language_model(VOCAB, 3, 2, d_state=2, d_conv=2, scan=True, key=key)
+
+
+def _mixed_model(key) -> LanguageModel:
+    model_key, mamba_key, conv_key = jax.random.split(key, 3)
+    mixers = [
+        Mamba(3, 2, d_conv=2, key=mamba_key),
+        Conv1DBlock(3, 3, 2, dilation=2, key=conv_key),
+    ]
+    blocks = [ResidualBlock(mixer, 3) for mixer in mixers]
+    return LanguageModel(VOCAB, 3, blocks, tie_embeddings=False, key=model_key)
+
+
+# fmt: off
+CASES = (
+    Case("linear", lambda key: Linear(5, 3, key=key), 5, 5, mixer=False),
+    Case("rms_norm", lambda key: RMSNorm(5), 5, 5, mixer=False),
+    Case("layer_norm", lambda key: LayerNorm(5), 5, 5, mixer=False),
+    Case("embedding", lambda key: Embedding(VOCAB, 3, key=key), 3, 1, mixer=False, tokens=True),
+    Case("dropout_at_inference", lambda key: Dropout(0.5, True), 5, 1, mixer=False),
+    Case("conv_depthwise", lambda key: Conv1DBlock(3, 3, 4, groups=3, key=key), 3, 4),
+    Case("conv_everything", lambda key: Conv1DBlock(4, 4, 3, groups=2, dilation=2, norm="layer", activation="gelu", residual=True, key=key), 4, 10),
+    Case("conv_pointwise", lambda key: Conv1DBlock(3, 5, 1, norm="rms", use_bias=False, key=key), 3, 8, remembers=False),
+    Case("conv_reference", lambda key: Conv1DBlock(2, 4, 3, groups=2, activation=None, implementation="reference", key=key), 2, 6, slow=True),
+    Case("mamba", lambda key: Mamba(3, key=key), 3, 100),
+    Case("mamba_odd", lambda key: Mamba(3, 5, 3, expand=3, dt_rank=2, activation="gelu", bias=True, key=key), 3, 60),
+    Case("mamba_no_conv", lambda key: Mamba(3, 1, 1, conv_bias=False, dt_init="constant", key=key), 3, 20, slow=True),
+    Case("mamba_reference", lambda key: Mamba(3, 2, 2, implementation="reference", key=key), 3, 20, slow=True),
+    Case("stack_list", _stack(scan=False), 3, 50, padding="input", slow=True),
+    Case("stack_scanned", _stack(scan=True), 3, 50, padding="input", slow=True),
+    Case("model_mixed", _mixed_model, 3, 50, tokens=True, padding="any", slow=True),
+    Case("model_scanned", _scanned_model, 3, 50, tokens=True, padding="any"),
+)  # fmt: on
+
+
+def each(kind: str | None = None):
+    """Parametrise a test over the table, or over its "mixer" or "pointwise" layers."""
+    cases = [case for case in CASES if kind is None or case.mixer == (kind == "mixer")]
+    params = [
+        pytest.param(case, marks=pytest.mark.slow if case.slow else (), id=case.name)
+        for case in cases
+    ]
+    return pytest.mark.parametrize("case", params)
+
+
+@functools.cache
+def layer_of(case: Case, seed: int = 0) -> Any:
+    """The layer, moved away from its initial ones and zeros, which hide mistakes."""
+    rng = np.random.default_rng(seed)
+
+    def moved(leaf):
+        if not eqx.is_inexact_array(leaf):
+            return leaf
+        noise = jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
+        return leaf + noise
+
+    return jax.tree.map(moved, case.make(jax.random.key(seed)))
+
+
+def inputs(case: Case, shape: tuple[int, ...], seed: int, dtype: str = "float32"):
+    """Token ids or normal values, `shape` being the batch and sequence axes."""
+    rng = np.random.default_rng(seed)
+    if case.tokens:
+        return jnp.asarray(rng.integers(0, VOCAB, shape), "int32")
+    return jnp.asarray(rng.standard_normal((*shape, case.width)), dtype)
+
+
+def call(layer, x, ids=None):
+    y = layer(x) if ids is None else layer(x, segment_ids=ids)
+    return y[0] if isinstance(layer, Stack) else y
+
+
+def prefill(layer, x, cache, ids=None):
+    return layer.prefill(x, cache, segment_ids=ids)
+
+
+def step(layer, x, cache):
+    return layer.step(x, cache)
+
+
+class Compiled:
+    """A jitted function that counts how often each shape of its arguments is traced."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.traces = collections.Counter()
+
+        def traced(*args):
+            leaves = jax.tree.leaves(eqx.filter(args, eqx.is_array))
+            self.traces[tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)] += 1
+            return function(*args)
+
+        self.run = eqx.filter_jit(traced, compiler_options=QUICK)
+
+
+@functools.cache
+def compiled(case: Case, function: Callable[..., Any]) -> Compiled:
+    """`function` for this case, shared by all tests."""
+    return Compiled(function)
+
+
+def run(case: Case, function: Callable[..., Any], *args: Any) -> Any:
+    """`function(layer, *args)`, compiled once a shape; arrays come back as NumPy."""
+    out = compiled(case, function).run(layer_of(case), *args)
+    return jax.tree.map(np.asarray, out)
+
+
+def fresh(case: Case, batch: tuple[int, ...] = ()) -> Any:
+    return jax.tree.map(np.asarray, layer_of(case).init_cache(batch, max_len=LENGTH))
+
+
+def close(case: Case, got: Any, want: Any, name: str, dtype: str = "float32") -> None:
+    """The leaves agree: floats up to rounding, everything else exactly."""
+    pairs = zip(
+        jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True
+    )
+    for (path, left), right in pairs:
+        label = f"{name}{jax.tree_util.keystr(path)}"
+        if np.issubdtype(np.asarray(right).dtype, np.integer):
+            np.testing.assert_array_equal(left, right, err_msg=label)
+        else:
+            assert_close(left, right, dtype=dtype, length=case.terms, name=label)
+
+
+def floats(tree: Any) -> Any:
+    """The floating point leaves: what is remembered, without the ids."""
+    return eqx.filter(tree, lambda leaf: np.issubdtype(leaf.dtype, np.floating))
+
+
+seeds = st.integers(0, 2**32 - 1)
+# Documents of any length in any order, ids that come back, padding anywhere.
+packed_rows = st.lists(
+    st.tuples(st.sampled_from([0, 3, 4, 900, -1, -5]), st.integers(1, 4)),
+    min_size=LENGTH,
+    max_size=LENGTH,
+).map(lambda runs: [name for name, size in runs for _ in range(size)][:LENGTH])
+# Cuts of a row into chunks of any length.
+chunks = st.sets(st.integers(1, LENGTH - 1)).map(
+    lambda cuts: list(zip([0, *sorted(cuts)], [*sorted(cuts), LENGTH], strict=True))
+)
+
+
+def _into_pieces(sizes: list[int]) -> list[tuple[int, int]]:
+    start, cuts = 0, []
+    for size in sizes:
+        size = max(piece for piece in PIECES if piece <= min(size, LENGTH - start))
+        cuts.append((start, start + size))
+        start += size
+        if start == LENGTH:
+            break
+    return cuts
+
+
+# Cuts of a row into chunks of the lengths in PIECES.
+pieces = st.lists(
+    st.sampled_from(PIECES), min_size=LENGTH, max_size=LENGTH
+).map(_into_pieces)
