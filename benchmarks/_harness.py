@@ -1,5 +1,6 @@
 """Contenders take turns, so that the noise of a shared machine hits all alike."""
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -39,8 +40,8 @@ class Prepared:
     run: Callable[[], Any]
     compile_ms: float | None = None
     temp_bytes: int | None = None
-    # What the reference judges, where that is not the result of `run`.
-    outputs: Callable[[], Any] | None = None
+    # From the result of `run`, what the reference judges; that result itself if None.
+    outputs: Callable[[Any], Any] | None = None
 
 
 class Absent(Exception):
@@ -58,14 +59,21 @@ class Contender:
 
 def compiled(function: Callable[..., Any], *args: Any) -> Prepared:
     """`function` of fixed arguments, compiled by jax ahead of time."""
-    start = time.perf_counter()
-    executable = jax.jit(function).lower(*args).compile()
-    compile_ms = (time.perf_counter() - start) * 1e3
+    executable, compile_ms = compile_timed(function, *args)
     return Prepared(
         lambda: jax.block_until_ready(executable(*args)),
         compile_ms,
         temp_bytes(executable),
     )
+
+
+def compile_timed(
+    function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()
+) -> tuple[Any, float]:
+    """The executable of `function` for such arguments, and the milliseconds it took."""
+    start = time.perf_counter()
+    executable = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+    return executable, (time.perf_counter() - start) * 1e3
 
 
 def temp_bytes(executable: Any) -> int | None:
@@ -100,65 +108,68 @@ def max_error(outputs: Any, reference: Any) -> float:
     return float(np.max(errors))
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A contender, the shape it runs at, and what gives its float64 outputs."""
+
+    spec: dict[str, Any]
+    contender: Contender
+    reference: Callable[[], Any]
+
+
+def entries(
+    spec: dict[str, Any], contenders: Sequence[Contender], reference: Callable[[], Any]
+) -> list[Entry]:
+    """Contenders at one shape; the reference is computed once, and only if needed."""
+    shared = functools.cache(reference)
+    return [Entry(spec, contender, shared) for contender in contenders]
+
+
 def race(
-    settings: Settings,
-    *,
-    operation: str,
-    spec: dict[str, Any],
-    mode: str,
-    contenders: Sequence[Contender],
-    reference: Callable[[], Any],
+    settings: Settings, operation: str, mode: str, entries: Sequence[Entry]
 ) -> list[Measurement]:
-    """Time all contenders of one operation, shape and mode in turns.
+    """Time the entries in turns.
 
     **Arguments:**
 
     - `settings`: how long.
-    - `operation`, `spec`, `mode`: what the records say.
-    - `contenders`: who takes part.
-    - `reference`: gives the float64 outputs to compare with.
+    - `operation`, `mode`: what the records say.
+    - `entries`: who takes part.
 
     **Returns:**
 
-    One measurement a contender, in their order, also of those that took no part.
+    One measurement an entry, in their order, also of those that took no part.
     """
-    lanes = [
-        _Lane(contender, Measurement(operation, contender.implementation, spec, mode))
-        for contender in contenders
-    ]
-    return _finish(settings, lanes, reference)
-
-
-def race_specs(
-    settings: Settings,
-    *,
-    operation: str,
-    mode: str,
-    entries: Sequence[tuple[dict[str, Any], Contender, Callable[[], Any]]],
-) -> list[Measurement]:
-    """As `race`, between shapes: each entry has its own spec and reference."""
-    lanes = [
-        _Lane(contender, Measurement(operation, contender.implementation, spec, mode))
-        for spec, contender, _ in entries
-    ]
-    references = [reference for _, _, reference in entries]
-    return _finish(settings, lanes, references)
+    lanes = [_Lane(operation, mode, entry) for entry in entries]
+    before = Load.now()
+    for lane in lanes:
+        lane.enter(settings)
+    for turn in range(settings.rounds):
+        # Everybody follows everybody else in turn.
+        shift = turn % len(lanes)
+        for lane in lanes[shift:] + lanes[:shift]:
+            lane.turn(settings)
+    load = None if before is None else before.of_others(Load.now())
+    return [lane.result(load) for lane in lanes]
 
 
 class _Lane:
-    def __init__(self, contender: Contender, measurement: Measurement):
-        self.contender = contender
-        self.measurement = measurement
+    def __init__(self, operation: str, mode: str, entry: Entry):
+        self.entry = entry
+        self.measurement = Measurement(
+            operation, entry.contender.implementation, entry.spec, mode
+        )
         self.prepared: Prepared | None = None
         self.times: list[float] = []
 
-    def enter(self, settings: Settings, reference: Callable[[], Any]) -> None:
+    def enter(self, settings: Settings) -> None:
         """Prepare, judge the first result, and take that call as a warm-up."""
-        if self.contender.left_out is not None:
-            self._out(LEFT_OUT, self.contender.left_out)
+        contender = self.entry.contender
+        if contender.left_out is not None:
+            self._out(LEFT_OUT, contender.left_out)
             return
         try:
-            prepared = self.contender.prepare()
+            prepared = contender.prepare()
         except Absent as absence:
             self._out(MISSING, str(absence))
             return
@@ -170,12 +181,12 @@ class _Lane:
         if first > settings.budget_s:
             self.times.append(first)
         if prepared.outputs is not None:
-            outputs = prepared.outputs()
+            outputs = prepared.outputs(outputs)
         self.measurement = replace(
             self.measurement,
             compile_ms=_rounded(prepared.compile_ms),
             temp_bytes=prepared.temp_bytes,
-            max_error=float(f"{max_error(outputs, reference()):.3g}"),
+            max_error=float(f"{max_error(outputs, self.entry.reference()):.3g}"),
         )
 
     def turn(self, settings: Settings) -> None:
@@ -209,37 +220,6 @@ class _Lane:
 
     def _out(self, status: str, reason: str) -> None:
         self.measurement = replace(self.measurement, status=status, reason=reason)
-
-
-def _finish(settings, lanes, references) -> list[Measurement]:
-    before = Load.now()
-    shared = None
-    for index, lane in enumerate(lanes):
-        if callable(references):
-            # Computed once, and only if somebody takes part.
-            if shared is None:
-                shared = _once(references)
-            lane.enter(settings, shared)
-        else:
-            lane.enter(settings, references[index])
-    for turn in range(settings.rounds):
-        # Everybody follows everybody else in turn.
-        shift = turn % len(lanes)
-        for lane in lanes[shift:] + lanes[:shift]:
-            lane.turn(settings)
-    load = None if before is None else before.of_others(Load.now())
-    return [lane.result(load) for lane in lanes]
-
-
-def _once(function: Callable[[], Any]) -> Callable[[], Any]:
-    cache: list[Any] = []
-
-    def call():
-        if not cache:
-            cache.append(function())
-        return cache[0]
-
-    return call
 
 
 def _rounded(value: Any) -> Any:

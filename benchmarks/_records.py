@@ -71,7 +71,7 @@ class Recorder:
     """
 
     def __init__(self, results: Path, *, quick: bool):
-        now = datetime.datetime.now(datetime.timezone.utc)
+        now = datetime.datetime.now(datetime.UTC)
         machine = device()
         self.path = results / machine["kind"] / f"{now:%Y-%m-%d}.jsonl"
         self._common = {

@@ -52,6 +52,7 @@ class Case:
     `width` is the size of the input's last axis. `terms` is about how many terms the
     longest sum that makes an output has. `padding` is what the output holds where the
     input is padding: "zero", "input" (a residual stream), or "any" (scores).
+    `cache_axes` is the number of layer axes in front of a cache's batch axes.
     `remembers` is false for a mixer whose output depends on the current token alone.
     """
 
@@ -62,6 +63,7 @@ class Case:
     mixer: bool = True
     tokens: bool = False
     padding: str = "zero"
+    cache_axes: int = 0
     remembers: bool = True
     slow: bool = False
 
@@ -105,9 +107,9 @@ CASES = (
     Case("mamba_no_conv", lambda key: Mamba(3, 1, 1, conv_bias=False, dt_init="constant", key=key), 3, 20, slow=True),
     Case("mamba_reference", lambda key: Mamba(3, 2, 2, implementation="reference", key=key), 3, 20, slow=True),
     Case("stack_list", _stack(scan=False), 3, 50, padding="input", slow=True),
-    Case("stack_scanned", _stack(scan=True), 3, 50, padding="input", slow=True),
+    Case("stack_scanned", _stack(scan=True), 3, 50, cache_axes=1, padding="input", slow=True),
     Case("model_mixed", _mixed_model, 3, 50, tokens=True, padding="any", slow=True),
-    Case("model_scanned", _scanned_model, 3, 50, tokens=True, padding="any"),
+    Case("model_scanned", _scanned_model, 3, 50, cache_axes=1, tokens=True, padding="any"),
 )  # fmt: on
 
 

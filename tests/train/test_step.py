@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from capibara_eqx.layers import AbstractAux, Mamba
+from capibara_eqx.layers import AbstractAux, AbstractSequenceMixer, Mamba
 from capibara_eqx.models import LanguageModel, ResidualBlock, mamba_language_model
 from capibara_eqx.train import (
     cast_for_compute,
@@ -105,15 +105,27 @@ class _Balance(AbstractAux):
         return {"balance": jnp.mean(self.load**2)}
 
 
-class _Reporting(Mamba):
+class _Reporting(AbstractSequenceMixer):
+    mixer: Mamba
+
     def __call__(self, x, *, segment_ids=None, key=None):
-        y = super().__call__(x, segment_ids=segment_ids, key=key)
+        y = self.mixer(x, segment_ids=segment_ids, key=key)
         return y, _Balance(jnp.mean(y, axis=tuple(range(y.ndim - 1))))
+
+    def init_cache(self, batch_shape=(), *, max_len=None):
+        return self.mixer.init_cache(batch_shape, max_len=max_len)
+
+    def prefill(self, x, cache, *, segment_ids=None):
+        return self.mixer.prefill(x, cache, segment_ids=segment_ids)
+
+    def step(self, x, cache):
+        return self.mixer.step(x, cache)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_aux_losses_reach_the_objective(getkey, scan):
-    blocks = [ResidualBlock(_Reporting(8, d_state=2, key=getkey()), 8) for _ in "ab"]
+    mixers = [_Reporting(Mamba(8, d_state=2, key=getkey())) for _ in range(2)]
+    blocks = [ResidualBlock(mixer, 8) for mixer in mixers]
     model = LanguageModel(11, 8, blocks, scan=scan, key=getkey())
     optimizer = optax.sgd(1.0)
     batch = _batch()

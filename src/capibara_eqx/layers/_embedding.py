@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Integer, PRNGKeyArray
 
 from ..internal import check_last_axis, check_positive
 
@@ -46,7 +46,7 @@ class Embedding(eqx.Module):
 
     @jax.named_scope("capibara_eqx.layers.Embedding")
     def __call__(
-        self, tokens: Int[Array, "*batch"], *, key: PRNGKeyArray | None = None
+        self, tokens: Integer[Array, "*batch"], *, key: PRNGKeyArray | None = None
     ) -> Float[Array, "*batch embedding_size"]:
         """**Arguments:**
 

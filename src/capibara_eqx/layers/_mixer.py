@@ -5,6 +5,18 @@ import equinox as eqx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
+class AbstractAux(eqx.Module):
+    """What a layer reports beside its output: routing, losses, counts.
+
+    A layer that has one returns `(y, aux)`, always. Blocks and stacks hand it up, and
+    the train step adds what `losses` names, each by its own weight.
+    """
+
+    @abc.abstractmethod
+    def losses(self) -> dict[str, Float[Array, ""]]:
+        """Named scalar losses, empty if there are none."""
+
+
 class AbstractSequenceMixer(eqx.Module):
     """A layer that mixes information along a causal sequence and can be streamed.
 
@@ -26,7 +38,10 @@ class AbstractSequenceMixer(eqx.Module):
         *,
         segment_ids: Int[Array, "*batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_out"]:
+    ) -> (
+        Float[Array, "*batch seq d_out"]
+        | tuple[Float[Array, "*batch seq d_out"], AbstractAux]
+    ):
         """Mix a whole sequence.
 
         **Arguments:**
@@ -37,7 +52,8 @@ class AbstractSequenceMixer(eqx.Module):
 
         **Returns:**
 
-        `(*batch, seq, d_out)`, in the dtype of `x`.
+        `(*batch, seq, d_out)`, in the dtype of `x`; layers that report something
+        return `(y, aux)`, always.
         """
 
     @abc.abstractmethod
@@ -94,15 +110,3 @@ class AbstractSequenceMixer(eqx.Module):
 
         The output `(*batch, d_out)` and the new cache.
         """
-
-
-class AbstractAux(eqx.Module):
-    """What a layer reports beside its output: routing, losses, counts.
-
-    A layer that has one returns `(y, aux)`, always. Blocks and stacks hand it up, and
-    the train step adds what `losses` names, each by its own weight.
-    """
-
-    @abc.abstractmethod
-    def losses(self) -> dict[str, Float[Array, ""]]:
-        """Named scalar losses, empty if there are none."""

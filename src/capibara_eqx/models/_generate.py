@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
 from ..internal import accumulate, check_positive, check_segment_ids
 from ._language_model import LanguageModel
@@ -16,7 +16,7 @@ class Generation(eqx.Module):
 
 def generate(
     model: LanguageModel,
-    prompt: Int[Array, "*batch prompt_len"],
+    prompt: Integer[Array, "*batch prompt_len"],
     *,
     max_new_tokens: int,
     segment_ids: Int[Array, "*batch prompt_len"] | None = None,
@@ -83,6 +83,7 @@ def generate(
                 "`temperature=0` for the best token each time."
             )
         key = jax.random.key(0)
+    prompt = prompt.astype(jnp.int32)  # bytes have no room for "no stop token"
     if segment_ids is None:
         segment_ids = jnp.zeros(prompt.shape, jnp.int32)
     # Arrays, so that another value of them does not compile the loop again.

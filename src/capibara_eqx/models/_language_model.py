@@ -2,7 +2,7 @@ from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, DTypeLike, Float, Int, Integer, PRNGKeyArray, PyTree
 
 from ..internal import check_segment_ids
 from ..layers import Embedding, Linear, RMSNorm
@@ -79,7 +79,7 @@ class LanguageModel(eqx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "*batch seq"],
+        tokens: Integer[Array, "*batch seq"],
         *,
         segment_ids: Int[Array, "*batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -106,7 +106,7 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("capibara_eqx.models.LanguageModel")
     def forward(
         self,
-        tokens: Int[Array, "*batch seq"],
+        tokens: Integer[Array, "*batch seq"],
         *,
         segment_ids: Int[Array, "*batch seq"] | None = None,
         key: PRNGKeyArray | None = None,
@@ -137,7 +137,7 @@ class LanguageModel(eqx.Module):
     @jax.named_scope("capibara_eqx.models.LanguageModel.prefill")
     def prefill(
         self,
-        tokens: Int[Array, "*batch seq"],
+        tokens: Integer[Array, "*batch seq"],
         cache: PyTree,
         *,
         segment_ids: Int[Array, "*batch seq"] | None = None,
@@ -167,7 +167,7 @@ class LanguageModel(eqx.Module):
 
     @jax.named_scope("capibara_eqx.models.LanguageModel.step")
     def step(
-        self, token: Int[Array, "*batch"], cache: PyTree
+        self, token: Integer[Array, "*batch"], cache: PyTree
     ) -> tuple[Float[Array, "*batch vocab"], PyTree]:
         """Read one token.
 

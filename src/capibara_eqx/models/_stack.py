@@ -29,7 +29,6 @@ class Stack(eqx.Module):
 
     blocks: tuple[ResidualBlock, ...] | ResidualBlock
     num_blocks: int = eqx.field(static=True)
-    scan: bool = eqx.field(static=True)
     remat: str | Callable[..., bool] | None = eqx.field(static=True)
 
     def __init__(
@@ -59,7 +58,6 @@ class Stack(eqx.Module):
             check_choice("remat", remat, _POLICIES)
         self.blocks = _stack_blocks(blocks) if scan else tuple(blocks)
         self.num_blocks = len(blocks)
-        self.scan = scan
         self.remat = remat
 
     def __call__(
@@ -79,7 +77,7 @@ class Stack(eqx.Module):
 
         `(y, aux)`: aux is a tuple of what each block reports.
         """
-        if not self.scan:
+        if isinstance(self.blocks, tuple):
             reports = []
             keys = split_or_none(key, self.num_blocks)
             for block, block_key in zip(self.blocks, keys, strict=True):
@@ -111,9 +109,9 @@ class Stack(eqx.Module):
         def fresh(block):
             return block.init_cache(batch_shape, max_len=max_len)
 
-        if self.scan:
-            return eqx.filter_vmap(fresh)(self.blocks)
-        return tuple(fresh(block) for block in self.blocks)
+        if isinstance(self.blocks, tuple):
+            return tuple(fresh(block) for block in self.blocks)
+        return eqx.filter_vmap(fresh)(self.blocks)
 
     def prefill(
         self,
@@ -148,7 +146,7 @@ class Stack(eqx.Module):
 
     def _with_cache(self, read, x, cache):
         self._check_cache(cache)
-        if not self.scan:
+        if isinstance(self.blocks, tuple):
             caches = []
             for block, block_cache in zip(self.blocks, cache, strict=True):
                 x, block_cache = read(block, x, block_cache)
@@ -176,13 +174,14 @@ class Stack(eqx.Module):
         return x, cache
 
     def _check_cache(self, cache: Any) -> None:
-        if self.scan:
+        scanned = not isinstance(self.blocks, tuple)
+        if scanned:
             sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(cache)}
             fits = not isinstance(cache, tuple) and sizes == {(self.num_blocks,)}
         else:
             fits = isinstance(cache, tuple) and len(cache) == self.num_blocks
         if not fits:
-            kind = "a scanned stack" if self.scan else "a list"
+            kind = "a scanned stack" if scanned else "a list"
             raise ValueError(
                 f"Stack: `cache` does not fit {kind} of {self.num_blocks} blocks: it "
                 "is of another model. Make it with this model's `init_cache`."

@@ -1,0 +1,136 @@
+"""`python -m benchmarks`: measure every subject, print and record the results."""
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+
+from . import (
+    causal_conv,
+    decode,
+    layer_memory,
+    layout,
+    linear_recurrence,
+    scaling,
+    second_order,
+    selective_scan,
+)
+from ._bars import bars
+from ._environment import RESULTS, ROOT
+from ._harness import FULL, QUICK, Settings
+from ._records import MEASURED, Bar, Measurement, Recorder
+
+
+SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
+    "selective_scan": selective_scan.measure,
+    "scaling": scaling.measure,
+    "layer_memory": layer_memory.measure,
+    "decode": decode.measure,
+    "layout": layout.measure,
+    "linear_recurrence": linear_recurrence.measure,
+    "causal_conv": causal_conv.measure,
+    "second_order": second_order.measure,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, record, print; return 0 whether or not the bars are met."""
+    options = _parser().parse_args(arguments)
+    settings = QUICK if options.quick else FULL
+    results = options.results
+    if results is None:
+        # A trial leaves nothing among the records that reports quote.
+        results = ROOT / ".cache" / "benchmarks" if options.quick else RESULTS
+    recorder = Recorder(results, quick=options.quick)
+    with _without_compilation_cache():
+        found = _measure(options.only or list(SUBJECTS), settings, recorder)
+    if not options.quick:
+        _judge(found, recorder)
+    print(f"\nRecorded in {recorder.path}")
+    return 0
+
+
+@contextlib.contextmanager
+def _without_compilation_cache() -> Iterator[None]:
+    """What is found compiled would be recorded as compiled in no time."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+
+
+def _measure(
+    names: Sequence[str], settings: Settings, recorder: Recorder
+) -> list[Measurement]:
+    found = []
+    for name in names:
+        print(f"\n{name}", flush=True)
+        for measurement in SUBJECTS[name](settings):
+            recorder.measurement(measurement)
+            print(f"  {_line(measurement)}", flush=True)
+            found.append(measurement)
+    return found
+
+
+def _judge(found: Sequence[Measurement], recorder: Recorder) -> None:
+    judged = list(bars(found))
+    if judged:
+        print("\nbars")
+    for bar in judged:
+        recorder.bar(bar)
+        print(f"  {_verdict(bar)}")
+    missed = sum(not bar.passed for bar in judged)
+    if missed:
+        print(f"{missed} of {len(judged)} bars MISSED; was the machine busy?")
+
+
+def _line(m: Measurement) -> str:
+    name = f"{m.spec['name']:<18} {m.mode:<20} {m.implementation:<20}"
+    if m.status != MEASURED:
+        return f"{name} {m.status}: {m.reason}"
+    parts = [f"{m.median_ms:>10.3f} ms", f"error {m.max_error:.1e}"]
+    if m.temp_bytes is not None:
+        parts.append(f"temporaries {m.temp_bytes / 2**20:.1f} MiB")
+    if m.peak_rss_bytes is not None:
+        parts.append(f"peak {m.peak_rss_bytes / 2**30:.2f} GiB")
+    parts.append(f"{len(m.evaluation_ms)} calls")
+    return f"{name} {', '.join(parts)}"
+
+
+def _verdict(bar: Bar) -> str:
+    relation = ">=" if bar.at_least else "<="
+    verdict = "met   " if bar.passed else "MISSED"
+    figure = f"{bar.value:.3g} {bar.unit} (wanted {relation} {bar.limit:.3g})"
+    return f"{verdict} {bar.statement}: {figure}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Measure the library beside its peers and record the results.",
+        epilog="python -m benchmarks.report then writes docs/benchmarks.md.",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, a few calls: a trial"
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=list(SUBJECTS),
+        help="this subject alone; may be given several times",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help=f"folder of the records (default {RESULTS.relative_to(ROOT)})",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
