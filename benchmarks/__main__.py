@@ -1,7 +1,6 @@
 """`python -m benchmarks`: measure every subject, print and record the results."""
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,23 +44,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A trial leaves nothing among the records that reports quote.
         results = ROOT / ".cache" / "benchmarks" if options.quick else RESULTS
     recorder = Recorder(results, quick=options.quick)
-    with _without_compilation_cache():
-        found = _measure(options.only or list(SUBJECTS), settings, recorder)
+    found = _measure(options.only or list(SUBJECTS), settings, recorder)
     if not options.quick:
         _judge(found, recorder)
     print(f"\nRecorded in {recorder.path}")
     return 0
-
-
-@contextlib.contextmanager
-def _without_compilation_cache() -> Iterator[None]:
-    """What is found compiled would be recorded as compiled in no time."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def _measure(
@@ -133,4 +120,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # What is found compiled would be recorded as compiled in no time.
+    jax.config.update("jax_enable_compilation_cache", False)
     sys.exit(main())

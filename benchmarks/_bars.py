@@ -34,7 +34,9 @@ class _Measured:
 
     def of(self, operation: str, mode: str) -> list[Measurement]:
         found = [
-            m for m in self._by_key.values() if (m.operation, m.mode) == (operation, mode)
+            m
+            for m in self._by_key.values()
+            if (m.operation, m.mode) == (operation, mode)
         ]
         return sorted(found, key=lambda m: m.spec["seq"])
 

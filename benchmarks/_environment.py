@@ -86,7 +86,9 @@ class Load:
         """The counters as they stand, `None` where the system does not tell."""
         if not sys.platform.startswith("linux"):
             return None
-        ticks = [int(v) for v in Path("/proc/stat").read_text().split("\n")[0][4:].split()]
+        ticks = [
+            int(v) for v in Path("/proc/stat").read_text().split("\n")[0][4:].split()
+        ]
         second = os.sysconf("SC_CLK_TCK")
         # user, nice, system, idle, iowait, irq, softirq, steal; guests are in user.
         total, idle = sum(ticks[:8]), ticks[3] + ticks[4]

@@ -13,7 +13,7 @@ class ScanInputs(NamedTuple):
 
 
 def scan_inputs(batch: int, seq: int, d_inner: int, d_state: int) -> ScanInputs:
-    """Step sizes in [0.001, 0.1], as at the layer's initialisation, and A = -1, -2, ..."""
+    """Step sizes in [0.001, 0.1] and A = -1, -2, ..., as a layer has them at first."""
     rng = np.random.default_rng(0)
     steps = np.exp(rng.uniform(np.log(0.001), np.log(0.1), (batch, seq, d_inner)))
     A = -np.broadcast_to(np.arange(1.0, d_state + 1), (d_inner, d_state))
@@ -29,7 +29,9 @@ def scan_inputs(batch: int, seq: int, d_inner: int, d_state: int) -> ScanInputs:
     return ScanInputs(tuple(_narrow(x) for x in arguments), _narrow(dy))
 
 
-def scan_spec(name: str, batch: int, seq: int, d_inner: int, d_state: int) -> dict[str, Any]:
+def scan_spec(
+    name: str, batch: int, seq: int, d_inner: int, d_state: int
+) -> dict[str, Any]:
     """A shape of the scan as the records hold it."""
     sizes = {"batch": batch, "seq": seq, "d_inner": d_inner, "d_state": d_state}
     return {"name": name, **sizes}

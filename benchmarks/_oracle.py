@@ -90,15 +90,15 @@ def linear_recurrence(a: Array, x: Array) -> Array:
 
 
 def linear_recurrence_gradients(
-    a: Array, x: Array, dh: Array
+    a: Array, x: Array, dy: Array
 ) -> tuple[Array, tuple[Array, Array]]:
-    """`h`, and the gradients of sum(dh h) in `a` and `x`."""
-    a, x, dh = _wide(a, x, dh)
+    """`h`, and the gradients of sum(dy h) in `a` and `x`."""
+    a, x, dy = _wide(a, x, dy)
     h = linear_recurrence(a, x)
     before = np.concatenate([np.zeros_like(h[:, :1]), h[:, :-1]], axis=1)
     # The gradient in x is the same recurrence, run from the last token to the first.
     later = np.concatenate([a[:, 1:], np.zeros_like(a[:, :1])], axis=1)
-    dx = linear_recurrence(later[:, ::-1], dh[:, ::-1])[:, ::-1]
+    dx = linear_recurrence(later[:, ::-1], dy[:, ::-1])[:, ::-1]
     return h, (dx * before, dx)
 
 

@@ -85,4 +85,4 @@ def _prepare(function, inputs, cotangent):
 def _expected(inputs, cotangent):
     if cotangent is None:
         return _oracle.causal_conv(*inputs)
-    return _oracle.causal_conv_gradients(*inputs, cotangent)
+    return _oracle.causal_conv_gradients(*inputs, dy=cotangent)

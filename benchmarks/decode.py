@@ -129,7 +129,9 @@ def _prepare_step(layer: Mamba, tokens: np.ndarray) -> Prepared:
 
 def _prepare_products(matrices, vectors) -> Prepared:
     return compiled(
-        lambda matrices, vectors: [x @ w.T for x, w in zip(vectors, matrices, strict=True)],
+        lambda matrices, vectors: [
+            x @ w.T for x, w in zip(vectors, matrices, strict=True)
+        ],
         [jnp.asarray(w) for w in matrices],
         [jnp.asarray(x) for x in vectors],
     )

@@ -38,7 +38,9 @@ def _entry(mode: str, seq: int) -> Entry:
     def expected():
         inputs = scan_inputs(*sizes)
         if mode == "forward_backward":
-            return _oracle.selective_scan_gradients(*inputs.arguments, inputs.dy)
+            return _oracle.selective_scan_gradients(*inputs.arguments, dy=inputs.dy)
         return _oracle.selective_scan(*inputs.arguments)
 
-    return Entry(scan_spec(f"{seq}_tokens", *sizes), Contender("xla", prepare), expected)
+    return Entry(
+        scan_spec(f"{seq}_tokens", *sizes), Contender("xla", prepare), expected
+    )

@@ -45,9 +45,7 @@ def measure(settings: Settings) -> Iterator[Measurement]:
                 Contender(name, partial(_prepare, product, scan, inputs, direction))
                 for name, scan in _SCANS.items()
             ],
-            partial(
-                _oracle.selective_scan_hvp, inputs.arguments, inputs.dy, direction
-            ),
+            partial(_oracle.selective_scan_hvp, inputs.arguments, inputs.dy, direction),
         )
         yield from race(settings, OPERATION, mode, runners)
 

@@ -76,9 +76,7 @@ def _contenders(inputs: ScanInputs, backward: bool) -> Sequence[Contender]:
     dy = inputs.dy if backward else None
     seq = inputs.dy.shape[1]
     peers = [
-        Contender(
-            "mambapy_pscan", partial(_peers.mambapy_pscan, inputs.arguments, dy)
-        ),
+        Contender("mambapy_pscan", partial(_peers.mambapy_pscan, inputs.arguments, dy)),
         Contender(
             "transformers_scan",
             partial(_peers.transformers_scan, inputs.arguments, dy),
@@ -90,5 +88,5 @@ def _contenders(inputs: ScanInputs, backward: bool) -> Sequence[Contender]:
 
 def _expected(inputs: ScanInputs, backward: bool) -> Any:
     if backward:
-        return _oracle.selective_scan_gradients(*inputs.arguments, inputs.dy)
+        return _oracle.selective_scan_gradients(*inputs.arguments, dy=inputs.dy)
     return _oracle.selective_scan(*inputs.arguments)

@@ -46,6 +46,7 @@ def row_by_row(case, x, ids, x_next):
 
 def row_of(case, results, row):
     """One row of what `everything` gives; caches may have a layer axis in front."""
+
     def take(leaf):
         return leaf[row]
 

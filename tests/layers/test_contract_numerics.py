@@ -39,24 +39,24 @@ def gradients(layer, x, ids=None):
     """The loss, and its gradients in all parameters and in the input."""
 
     def loss(both):
-        return energy(call(*both, ids))
+        layer, x = both
+        return energy(call(layer, x, ids))
 
     return eqx.filter_value_and_grad(loss)((layer, x))
 
 
 def through_the_cache(layer, cache, x):
-    """Gradients of the outputs in the cache, and of the new cache in the layer."""
+    """Gradients of the outputs in the cache; of the new cache in layer and input."""
 
-    def outputs(remembered, rest):
-        return energy(layer.prefill(x, eqx.combine(remembered, rest))[0])
+    def outputs(remembered):
+        return energy(layer.prefill(x, eqx.combine(remembered, cache))[0])
 
-    def new_cache(layer):
+    def new_cache(both):
+        layer, x = both
         leaves = jax.tree.leaves(floats(layer.prefill(x, cache)[1]))
         return sum(energy(leaf) for leaf in leaves)
 
-    remembered = floats(cache)
-    rest = jax.tree.map(lambda leaf: leaf, cache)
-    return jax.grad(outputs)(remembered, rest), eqx.filter_grad(new_cache)(layer)
+    return jax.grad(outputs)(floats(cache)), eqx.filter_grad(new_cache)((layer, x))
 
 
 def read_and_store(layer, x, ids):
@@ -80,13 +80,12 @@ def _table(model):
     return model.embedding.weight
 
 
-def rounded(tree):
+def widened(tree):
     """bfloat16 leaves as the float32 numbers they are."""
-
-    def widen(leaf):
-        return leaf.astype("float32") if leaf.dtype == jnp.bfloat16 else leaf
-
-    return jax.tree.map(lambda leaf: widen(leaf) if eqx.is_array(leaf) else leaf, tree)
+    return jax.tree.map(
+        lambda leaf: leaf.astype("float32") if eqx.is_inexact_array(leaf) else leaf,
+        tree,
+    )
 
 
 @each()
@@ -142,7 +141,7 @@ def test_bfloat16_in_bfloat16_out(case, seed):
     layer, x = in_bfloat16(case, layer_of(case), inputs(case, (LENGTH,), seed))
     function, rest = (read_and_store, (IDS,)) if case.mixer else (call, ())
     got = compiled(case, function).run(layer, x, *rest)
-    want = compiled(case, function).run(rounded(layer), rounded(x), *rest)
+    want = compiled(case, function).run(widened(layer), widened(x), *rest)
     if case.mixer:
         (got, cache), (want, _) = got, want
         assert {leaf.dtype.name for leaf in arrays(cache)} <= {"float32"}
@@ -172,7 +171,7 @@ def test_zeros_and_constants_have_finite_values_and_gradients(case, dtype):
         value, gradient = compiled(case, gradients).run(layer, x, ids)
         assert np.isfinite(value)
         for leaf in arrays(gradient):
-            assert np.all(np.isfinite(np.asarray(leaf, "float32")))
+            assert np.all(np.isfinite(leaf.astype("float32")))
 
 
 @each()
@@ -191,7 +190,9 @@ def test_gradients_pass_into_and_out_of_the_cache(case):
     _, cache = run(case, prefill, inputs(case, (LENGTH,), 0), fresh(case))
     into, out_of = run(case, through_the_cache, cache, inputs(case, (2,), 1))
     for path, leaf in jax.tree.leaves_with_path(into):
-        assert np.any(leaf != 0), f"outputs do not see cache{jax.tree_util.keystr(path)}"
+        assert np.any(leaf != 0), (
+            f"outputs do not see cache{jax.tree_util.keystr(path)}"
+        )
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(out_of))
     for leaf in jax.tree.leaves((into, out_of)):
         assert np.all(np.isfinite(leaf))

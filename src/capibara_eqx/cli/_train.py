@@ -31,7 +31,6 @@ from ._settings import given_settings
 
 
 _SAMPLE_BYTES = 200
-_DEFAULT_SECONDS = 90.0
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -49,9 +48,10 @@ def run_train(arguments: argparse.Namespace) -> int:
             )
         corpus = _read(config)
     else:
-        if "steps" not in given and "seconds" not in given:
-            given["seconds"] = _DEFAULT_SECONDS
-        config = RunConfig(**given)
+        defaults = dict(arguments.defaults)
+        if "steps" in given:
+            del defaults["seconds"]
+        config = RunConfig(**{**defaults, **given})
         # Settings that no model can have are found before anything is written.
         eqx.filter_eval_shape(build_model, config)
         corpus = _read(config)
