@@ -5,6 +5,7 @@ The peak is that of the whole process: interpreter, libraries, weights, input, o
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def measure(settings: Settings) -> Iterator[Measurement]:
     child = subprocess.run(
         [sys.executable, "-m", "benchmarks.layer_memory", *sizes],
         cwd=ROOT,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
