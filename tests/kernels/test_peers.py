@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.kernel_cases import IMPLEMENTATIONS, conv_arguments, scan_arguments
+from support.numpy_oracles import mamba_layer
 from support.tolerances import assert_close
 
 from capibara_eqx.kernels import causal_conv, selective_scan
@@ -92,3 +93,26 @@ def test_causal_conv_of_torch(groups, dilation, implementation):
     )
     want = np.swapaxes(want.numpy(), -1, -2)
     assert_close(y, want, dtype=np.float32, length=13, factor=16)
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_the_mamba_oracle_is_the_layer_of_transformers(use_bias):
+    config = modeling_mamba.MambaConfig(
+        hidden_size=6,
+        state_size=3,
+        conv_kernel=4,
+        expand=2,
+        time_step_rank=2,
+        use_bias=use_bias,
+        num_hidden_layers=1,
+    )
+    torch.manual_seed(0)
+    mixer = modeling_mamba.MambaMixer(config, layer_idx=0)
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    params = {n: value.numpy() for n, value in mixer.state_dict().items()}
+    x = np.random.default_rng(0).standard_normal((2, 9, 6))
+    with torch.no_grad():
+        want = mixer(torch.tensor(x, dtype=torch.float32)).numpy()
+    got = mamba_layer(params, x.astype(np.float32))
+    assert_close(want, got, dtype=np.float32, length=32)

@@ -1,7 +1,6 @@
 """What every layer owes: batch axes, streaming, causality. The cases are a table."""
 
 import math
-from functools import partial
 
 import jax
 import numpy as np
@@ -30,12 +29,15 @@ def everything(layer, x, ids, x_next):
     return call(layer, x, ids), y, cache, *step(layer, x_next, cache)
 
 
-def call_vmapped(layer, x, ids=None):
-    axes = x.ndim - 1 if ids is None else ids.ndim - 1
-    rows = (lambda x: call(layer, x)) if ids is None else partial(call, layer)
+def call_vmapped(layer, x, *ids):
+    axes = ids[0].ndim - 1 if ids else x.ndim - 1
+
+    def rows(x, *ids):
+        return call(layer, x, *ids)
+
     for _ in range(axes):
         rows = jax.vmap(rows)
-    return rows(x) if ids is None else rows(x, ids)
+    return rows(x, *ids)
 
 
 def row_by_row(case, x, ids, x_next):

@@ -203,7 +203,8 @@ class Compiled:
             self.traces[tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)] += 1
             return function(*args)
 
-        self.run = eqx.filter_jit(traced, compiler_options=QUICK)
+        jit: Any = eqx.filter_jit
+        self.run = jit(traced, compiler_options=QUICK)
 
 
 @functools.cache
