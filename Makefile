@@ -67,7 +67,7 @@ $(STAMPS)/venv:
 	@set -u; say() { printf '%s\n' "$$*" >&2; }; \
 	if ! $(BIN)/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' \
 			2>/dev/null; then \
-		if ! found=$$($(PY) -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
+		if ! found=$$("$(PY)" -c 'import sys; print("%d.%d" % sys.version_info[:2])'); \
 		then \
 			say "$(PY) does not run: install Python >= 3.11, or name one:" \
 				"make $(MAKECMDGOALS) PY=python3.12"; \
@@ -78,7 +78,7 @@ $(STAMPS)/venv:
 				"try: make $(MAKECMDGOALS) PY=python3.12"; \
 			exit 1;; \
 		esac; \
-		if ! $(PY) -c 'import ensurepip, venv' 2>/dev/null; then \
+		if ! "$(PY)" -c 'import ensurepip, venv' 2>/dev/null; then \
 			say "$(PY) cannot make virtual environments: its modules venv and" \
 				"ensurepip are a package of their own on Debian and Ubuntu."; \
 			say "Install it, then try again: sudo apt install python3-venv" \
@@ -86,7 +86,7 @@ $(STAMPS)/venv:
 			exit 1; \
 		fi; \
 		say "Making $(VENV) with Python $$found"; \
-		$(PY) -m venv --clear $(VENV) || exit 1; \
+		"$(PY)" -m venv --clear $(VENV) || exit 1; \
 	fi; \
 	mkdir -p $(STAMPS); touch $@
 

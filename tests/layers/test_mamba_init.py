@@ -126,6 +126,7 @@ def test_narrow_parameters_leave_the_recurrence_wide():
         assert linear.weight.dtype == jnp.bfloat16
     assert layer.conv.weight.dtype == layer.dt_proj.weight.dtype == jnp.bfloat16
     for wide in (layer.A_log, layer.D, layer.dt_proj.bias):
+        assert wide is not None
         assert wide.dtype == jnp.float32
 
 

@@ -1,6 +1,7 @@
 import difflib
 from collections.abc import Iterable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Shaped
 
 
@@ -65,8 +66,15 @@ def check_sequence(
 def check_segment_ids(
     layer: str, segment_ids: Shaped[Array, "..."] | None, shape: tuple[int, ...]
 ) -> None:
-    """Raise `ValueError` unless `segment_ids` has `shape`, the axes of the tokens."""
-    if segment_ids is not None and segment_ids.shape != shape:
+    """Raise `ValueError` unless `segment_ids` are integers with the tokens' `shape`."""
+    if segment_ids is None:
+        return
+    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{layer}: `segment_ids` must be of integers, got {segment_ids.dtype}. "
+            "Convert them, as in `segment_ids.astype(jnp.int32)`."
+        )
+    if segment_ids.shape != shape:
         raise ValueError(
             f"{layer}: `segment_ids` must have the batch and sequence axes of the "
             f"input, {shape}, got shape {segment_ids.shape}."

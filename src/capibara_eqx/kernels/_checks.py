@@ -1,4 +1,12 @@
+import jax.numpy as jnp
 from jaxtyping import Array, Shaped
+
+
+_KINDS = {jnp.bool_: "boolean", jnp.integer: "of integers"}
+_CONVERSIONS = {
+    jnp.bool_: "Compare to make it so, as in `{} != 0`.",
+    jnp.integer: "Convert it, as in `{}.astype(jnp.int32)`.",
+}
 
 
 def check_batch(
@@ -27,9 +35,12 @@ def check_shape(
     expected: tuple[int, ...],
     meaning: str,
     *,
-    boolean: bool = False,
+    kind: type | None = None,
 ) -> None:
-    """Raise `ValueError` unless `x` is absent or has the `expected` shape."""
+    """Raise `ValueError` unless `x` is absent or has the `expected` shape and kind.
+
+    `kind` is an abstract dtype such as `jnp.bool_` or `jnp.integer`.
+    """
     if x is None:
         return
     if x.shape != tuple(expected):
@@ -37,8 +48,8 @@ def check_shape(
             f"{operation}: `{argument}` must have {meaning}, here {tuple(expected)}; "
             f"got {x.shape}."
         )
-    if boolean and x.dtype != bool:
+    if kind is not None and not jnp.issubdtype(x.dtype, kind):
         raise ValueError(
-            f"{operation}: `{argument}` must be boolean, got {x.dtype}. Compare to "
-            f"make it so, as in `{argument} != 0`."
+            f"{operation}: `{argument}` must be {_KINDS[kind]}, got {x.dtype}. "
+            f"{_CONVERSIONS[kind].format(argument)}"
         )

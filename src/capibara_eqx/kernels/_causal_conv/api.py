@@ -74,7 +74,14 @@ def causal_conv(
     expected = (*batch, reach, c_in)
     meaning = "(*batch, (width - 1) * dilation, c_in)"
     check_shape(name, "initial_state", initial_state, expected, meaning)
-    check_shape(name, "segment_ids", segment_ids, (*batch, seq), "(*batch, seq)")
+    check_shape(
+        name,
+        "segment_ids",
+        segment_ids,
+        (*batch, seq),
+        "(*batch, seq)",
+        kind=jnp.integer,
+    )
     history = jnp.zeros(expected, x.dtype) if initial_state is None else initial_state
 
     if segment_ids is None:

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from .._checks import check_batch, check_shape
@@ -61,5 +62,5 @@ def linear_recurrence(
     check_shape(name, "a", a, x.shape, "the shape of `x`")
     *batch, seq, d = x.shape
     check_shape(name, "initial_state", initial_state, (*batch, d), "(*batch, d)")
-    check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", boolean=True)
+    check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
     return dispatch(name, BACKENDS, implementation, a, x, initial_state, reset, reverse)

@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._checks import check_batch, check_shape
@@ -94,7 +95,7 @@ def selective_scan(
     expected = (*batch, d_inner, d_state)
     meaning = "(*batch, d_inner, d_state)"
     check_shape(name, "initial_state", initial_state, expected, meaning)
-    check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", boolean=True)
+    check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
     return dispatch(
         name,
         BACKENDS,
