@@ -78,15 +78,16 @@ $(STAMPS)/venv:
 				"try: make $(MAKECMDGOALS) PY=python3.12"; \
 			exit 1;; \
 		esac; \
-		if ! "$(PY)" -c 'import ensurepip, venv' 2>/dev/null; then \
-			say "$(PY) cannot make virtual environments: its modules venv and" \
-				"ensurepip are a package of their own on Debian and Ubuntu."; \
-			say "Install it, then try again: sudo apt install python3-venv" \
-				"(or python$$found-venv for a Python that is not the system's)"; \
+		say "Making $(VENV) with Python $$found"; \
+		if ! "$(PY)" -c 'import venv; from ensurepip import version' 2>/dev/null \
+			|| ! "$(PY)" -m venv --clear $(VENV); \
+		then \
+			say "$(PY) cannot make virtual environments. On Debian and Ubuntu its" \
+				"modules venv and ensurepip are a package of their own:"; \
+			say "sudo apt install python3-venv (python$$found-venv where $(PY) is" \
+				"not the system's own), then: make $(MAKECMDGOALS)"; \
 			exit 1; \
 		fi; \
-		say "Making $(VENV) with Python $$found"; \
-		"$(PY)" -m venv --clear $(VENV) || exit 1; \
 	fi; \
 	mkdir -p $(STAMPS); touch $@
 

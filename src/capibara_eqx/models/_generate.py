@@ -20,7 +20,7 @@ def generate(
     *,
     max_new_tokens: int,
     segment_ids: Int[Array, "*batch prompt_len"] | None = None,
-    temperature: float = 1.0,
+    temperature: int | float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     stop_token: int | None = None,
