@@ -78,18 +78,24 @@ def test_without_ids_a_row_is_one_document():
 
 
 def test_a_tied_head_is_the_embedding():
-    model = make()
+    model, tokens = make(), tokens_of(SEQ, 2)
     assert model.head is None
-    tokens = tokens_of(SEQ, 2)
-    x, _ = model.stack(model.embedding(tokens))
-    x = np.asarray(model.norm(x), "float64")
+
+    def normed(model, tokens):
+        return model.norm(model.stack(model.embedding(tokens))[0])
+
+    x = np.asarray(jit(normed)(model, tokens), "float64")
     want = x @ np.asarray(model.embedding.weight, "float64").T
-    close(model(tokens), want)
-    # Both uses of the table reach its gradient: rows of tokens that do not occur
-    # are reached through the head alone.
-    loss = lambda model: jnp.sum(model(jnp.zeros(SEQ, "int32"))[0, 5] ** 2)
-    gradient = np.asarray(eqx.filter_grad(loss)(model).embedding.weight)
-    used = np.any(gradient != 0, axis=-1)
+    close(compiled_forward()(model, tokens, None), want)
+
+
+def test_both_uses_of_a_tied_table_reach_its_gradient():
+    # Token 0 goes in, the score of token 5 is the loss: nothing else is looked up.
+    def loss(model):
+        return model(jnp.zeros(SEQ, "int32"))[0, 5] ** 2
+
+    gradient = jit(eqx.filter_grad(loss))(make()).embedding.weight
+    used = np.any(np.asarray(gradient) != 0, axis=-1)
     np.testing.assert_array_equal(np.flatnonzero(used), [0, 5])
 
 
@@ -98,7 +104,7 @@ def test_an_untied_head_is_its_own():
     assert model.head.weight.shape == (VOCAB, D)
     assert model.head.bias is None
     zero = eqx.tree_at(lambda m: m.head.weight, model, jnp.zeros((VOCAB, D)))
-    assert not np.any(zero(tokens_of(SEQ, 3)))
+    assert not np.any(compiled_forward()(zero, tokens_of(SEQ, 3), None))
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["list", "scanned"])
@@ -119,9 +125,9 @@ def test_cached_logits_are_those_of_the_full_forward(scan):
 
 def test_forward_is_the_call_and_what_layers_report():
     model, tokens = make(), tokens_of(SEQ, 5)
-    output = model.forward(tokens)
+    output = jit(lambda model, tokens: model.forward(tokens))(model, tokens)
     assert isinstance(output, ModelOutput)
-    np.testing.assert_array_equal(output.logits, model(tokens))
+    close(output.logits, compiled_forward()(model, tokens, None))
     assert jax.tree.leaves(output.aux) == []
 
 
@@ -129,9 +135,14 @@ def test_a_model_in_bfloat16_returns_it():
     model = mamba_language_model(
         VOCAB, D, 1, d_state=2, dtype=jnp.bfloat16, key=jax.random.key(0)
     )
-    assert model(tokens_of(SEQ, 6)).dtype == jnp.bfloat16
+    logits = jax.eval_shape(lambda tokens: model(tokens), tokens_of(SEQ, 6))
+    assert logits.dtype == jnp.bfloat16
     states = [c for c in jax.tree.leaves(model.init_cache()) if c.dtype != jnp.int32]
     assert {state.dtype for state in states} == {jnp.dtype("float32")}
+
+
+def read(model, tokens):
+    return model.prefill(tokens, model.init_cache())[0]
 
 
 def test_dropout_acts_in_training_alone():
@@ -145,9 +156,8 @@ def test_dropout_acts_in_training_alone():
     np.testing.assert_array_equal(one, call(model, jax.random.key(1)))
     quiet = eqx.nn.inference_mode(model)
     want = model_row(quiet, np.asarray(tokens))
-    close(quiet(tokens), want)
-    logits, _ = model.prefill(tokens, model.init_cache())
-    close(logits, want)
+    close(compiled_forward()(quiet, tokens, None), want)
+    close(jit(read)(model, tokens), want)
 
 
 @pytest.mark.parametrize("n_layers", [1, 4])
@@ -167,7 +177,7 @@ def test_output_maps_start_smaller_in_deeper_models(n_layers, scan):
 
 
 def test_arguments_reach_the_parts():
-    model = mamba_language_model(
+    model: Any = mamba_language_model(
         VOCAB,
         4,
         2,
@@ -194,4 +204,4 @@ def test_a_model_of_any_blocks():
     blocks = [ResidualBlock(Mamba(D, 2, key=key), D) for key in keys[1:]]
     model = moved(LanguageModel(VOCAB, D, blocks, key=keys[0]), 1)
     tokens = tokens_of(SEQ, 8)
-    close(model(tokens), model_row(model, np.asarray(tokens)))
+    close(compiled_forward()(model, tokens, None), model_row(model, np.asarray(tokens)))
