@@ -59,6 +59,9 @@ class Embedding(eqx.Module):
         `(*batch, embedding_size)`, in the dtype of the table.
         """
         del key
+        tokens = tokens.astype(jnp.int32)
+        # A negative id would count from the end of the table.
+        tokens = jnp.where(tokens < 0, self.num_embeddings, tokens)
         return jnp.take(self.weight, tokens, axis=0, mode="fill")
 
     def attend(

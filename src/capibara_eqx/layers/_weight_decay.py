@@ -51,7 +51,7 @@ def weight_decay_mask(model: PyTree) -> PyTree[bool]:
         for entry in path:
             match entry:
                 case jax.tree_util.GetAttrKey(name):
-                    if name == "bias" or isinstance(node, _NORMS):
+                    if name.startswith("bias") or isinstance(node, _NORMS):
                         return False
                     if name in getattr(type(node), "no_weight_decay", ()):
                         return False

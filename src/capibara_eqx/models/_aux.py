@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from ..internal import accumulate
 from ..layers import AbstractAux
 
 
@@ -21,5 +22,5 @@ def aux_losses(aux: PyTree) -> dict[str, Float[Array, ""]]:
     for node in nodes:
         if isinstance(node, AbstractAux):
             for name, loss in node.losses().items():
-                total[name] = total.get(name, jnp.zeros(())) + loss
+                total[name] = total.get(name, jnp.zeros(())) + accumulate(loss)
     return total
