@@ -183,14 +183,12 @@ def test_every_parameter_has_a_gradient(case):
         assert np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
 
 
-@each("mixer")
+@each("memory")
 def test_gradients_pass_into_and_out_of_the_cache(case):
-    if not case.remembers:
-        pytest.skip("it keeps nothing")
     _, cache = run(case, prefill, inputs(case, (LENGTH,), 0), fresh(case))
     into, out_of = run(case, through_the_cache, cache, inputs(case, (2,), 1))
     for path, leaf in jax.tree.leaves_with_path(into):
-        assert np.any(leaf != 0), (
+        assert leaf.size == 0 or np.any(leaf != 0), (
             f"outputs do not see cache{jax.tree_util.keystr(path)}"
         )
     assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(out_of))

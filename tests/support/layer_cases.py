@@ -68,6 +68,12 @@ class Case:
     remembers: bool = True
     slow: bool = False
 
+    @property
+    def kinds(self) -> set[str]:
+        if not self.mixer:
+            return {"pointwise"}
+        return {"mixer", "memory"} if self.remembers else {"mixer"}
+
 
 def _stack(scan: bool, *, key) -> Stack:
     keys = jax.random.split(key, 2)
@@ -148,11 +154,15 @@ CASES = (
 
 
 def each(kind: str | None = None):
-    """Parametrise a test over the table, or over its "mixer" or "pointwise" layers."""
-    cases = [case for case in CASES if kind is None or case.mixer == (kind == "mixer")]
+    """Parametrise a test over the table, or over a part of it.
+
+    The parts are "pointwise", "mixer", and "memory": the mixers that remember.
+    """
+
     params = [
         pytest.param(case, marks=pytest.mark.slow if case.slow else (), id=case.name)
-        for case in cases
+        for case in CASES
+        if kind is None or kind in case.kinds
     ]
     return pytest.mark.parametrize("case", params)
 

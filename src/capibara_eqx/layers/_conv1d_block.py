@@ -200,6 +200,9 @@ class Conv1DBlock(AbstractSequenceMixer):
         causal.
         """
         self._check_causal("prefill")
+        check_sequence("Conv1DBlock", "x", x, self.in_channels)
+        expected = eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
+        check_cache("Conv1DBlock", cache, expected)
         return self._read(x, cache, segment_ids)
 
     @jax.named_scope("capibara_eqx.layers.Conv1DBlock.step")
@@ -215,7 +218,7 @@ class Conv1DBlock(AbstractSequenceMixer):
         """
         self._check_causal("step")
         check_last_axis("Conv1DBlock.step", "x", x, self.in_channels)
-        y, cache = self._read(x[..., None, :], cache, None)
+        y, cache = self.prefill(x[..., None, :], cache)
         return y[..., 0, :], cache
 
     def _check_causal(self, method):
@@ -228,12 +231,9 @@ class Conv1DBlock(AbstractSequenceMixer):
     def _read(self, x, cache, segment_ids):
         check_sequence("Conv1DBlock", "x", x, self.in_channels)
         check_segment_ids("Conv1DBlock", segment_ids, x.shape[:-1])
-        batch_shape = x.shape[:-2]
-        expected = eqx.filter_eval_shape(self.init_cache, batch_shape)
         if cache is None:
-            inputs, segment = None, fresh_segment(batch_shape)
+            inputs, segment = None, fresh_segment(x.shape[:-2])
         else:
-            check_cache("Conv1DBlock", cache, expected)
             inputs, segment = cache.inputs, cache.segment
             if segment_ids is not None:
                 # What the cache holds is of no use to another document.
@@ -243,7 +243,7 @@ class Conv1DBlock(AbstractSequenceMixer):
                 )
         y, inputs = self._convolve(x, inputs, segment_ids)
         y = self._finish(x, y, segment_ids)
-        inputs = inputs.astype(expected.inputs.dtype)
+        inputs = inputs.astype(accumulator_dtype(self.weight.dtype))
         return y, Conv1DCache(inputs, advance_segment(segment, segment_ids))
 
     def _convolve(self, x, inputs, segment_ids):

@@ -137,7 +137,7 @@ class Mamba(AbstractSequenceMixer):
         }
         for name, value in sizes.items():
             check_positive(name, value)
-        if dt_min > dt_max:
+        if not dt_min <= dt_max:  # so that NaN is refused too
             raise ValueError(
                 "`dt_min` must not be greater than `dt_max`, got "
                 f"dt_min={dt_min} and dt_max={dt_max}. Are they swapped?"

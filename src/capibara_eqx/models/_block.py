@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
-from ..internal import split_or_none
+from ..internal import check_probability, split_or_none
 from ..layers import AbstractSequenceMixer, Dropout, RMSNorm
 
 
@@ -42,6 +42,7 @@ class ResidualBlock(eqx.Module):
 
         `ValueError` for a `d_model` that is not positive or a `dropout` outside [0, 1].
         """
+        check_probability("dropout", dropout)
         self.norm = RMSNorm(d_model, eps, dtype=dtype)
         self.mixer = mixer
         self.dropout = Dropout(dropout)
@@ -67,12 +68,13 @@ class ResidualBlock(eqx.Module):
 
         **Raises:**
 
-        `ValueError` if dropout is active and there is no `key`.
+        `ValueError` if dropout is active and there is no `key`, or if the mixer does
+        not keep the width.
         """
         mixer_key, dropout_key = split_or_none(key, 2)
         out = self.mixer(self.norm(x), segment_ids=segment_ids, key=mixer_key)
         y, aux = out if isinstance(out, tuple) else (out, None)
-        return x + self.dropout(y, key=dropout_key), aux
+        return _add(x, self.dropout(y, key=dropout_key)), aux
 
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
@@ -89,11 +91,21 @@ class ResidualBlock(eqx.Module):
     ) -> tuple[Float[Array, "*batch seq d_model"], Any]:
         """See `AbstractSequenceMixer.prefill`; there is no dropout."""
         y, cache = self.mixer.prefill(self.norm(x), cache, segment_ids=segment_ids)
-        return x + y, cache
+        return _add(x, y), cache
 
     def step(
         self, x: Float[Array, "*batch d_model"], cache: Any
     ) -> tuple[Float[Array, "*batch d_model"], Any]:
         """See `AbstractSequenceMixer.step`; there is no dropout."""
         y, cache = self.mixer.step(self.norm(x), cache)
-        return x + y, cache
+        return _add(x, y), cache
+
+
+def _add(x: Float[Array, "*shape"], y: Float[Array, "..."]) -> Float[Array, "*shape"]:
+    if y.shape != x.shape:
+        raise ValueError(
+            "ResidualBlock: the mixer must keep the shape of its input, "
+            f"{x.shape}, got {y.shape}. Build it with equal widths in and out, or "
+            "project its output."
+        )
+    return x + y

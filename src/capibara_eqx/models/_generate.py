@@ -53,7 +53,8 @@ def generate(
     **Raises:**
 
     `ValueError` for a `max_new_tokens` or `top_k` that is not positive, a negative
-    temperature, a `top_p` outside (0, 1], an empty prompt, or a missing key.
+    temperature or `stop_token`, a `top_p` outside (0, 1], an empty prompt, or a
+    missing key.
 
     !!! example
 
@@ -70,12 +71,17 @@ def generate(
             f"{prompt.shape}. Start with a token that begins a document."
         )
     check_segment_ids("generate", segment_ids, prompt.shape)
-    if temperature < 0:
+    if not temperature >= 0:  # so that NaN is refused too
         raise ValueError(f"`temperature` must be 0 or greater, got {temperature}.")
     if top_k is not None:
         check_positive("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}.")
+    if stop_token is not None and stop_token < 0:
+        raise ValueError(
+            f"`stop_token` must be a token id, 0 or greater, got {stop_token}. Leave "
+            "it out to generate `max_new_tokens` always."
+        )
     if key is None:
         if temperature != 0:
             raise ValueError(

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Float, Int, Integer, PRNGKeyArray, PyTree
 
-from ..internal import check_segment_ids
+from ..internal import check_positive, check_segment_ids
 from ..layers import Embedding, Linear, RMSNorm
 from ._block import ResidualBlock
 from ._stack import Stack
@@ -65,6 +65,8 @@ class LanguageModel(eqx.Module):
 
         `ValueError` for sizes that are not positive, and what `Stack` raises.
         """
+        check_positive("vocab_size", vocab_size)
+        check_positive("d_model", d_model)
         embedding_key, head_key = jax.random.split(key)
         self.embedding = Embedding(vocab_size, d_model, dtype, key=embedding_key)
         self.stack = Stack(blocks, scan=scan, remat=remat)

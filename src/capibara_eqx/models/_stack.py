@@ -176,7 +176,7 @@ class Stack(eqx.Module):
     def _check_cache(self, cache: Any) -> None:
         scanned = not isinstance(self.blocks, tuple)
         if scanned:
-            sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(cache)}
+            sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(cache)}
             fits = not isinstance(cache, tuple) and sizes == {(self.num_blocks,)}
         else:
             fits = isinstance(cache, tuple) and len(cache) == self.num_blocks
