@@ -1,6 +1,7 @@
 """The selective scan at lengths that double: linear time means a ratio of two."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import jax.numpy as jnp
 
@@ -20,6 +21,9 @@ _LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 def measure(settings: Settings) -> Iterator[Measurement]:
     """Yield one measurement a length and mode; all lengths of a mode take turns."""
     lengths = (32, 64) if settings.quick else _LENGTHS
+    if not settings.quick:
+        # A ratio of neighbours needs both in the same spell of noise: short turns.
+        settings = replace(settings, rounds=3 * settings.rounds, calls=4, turn_s=0.05)
     for mode in ("forward", "forward_backward"):
         runners = [_entry(mode, length) for length in lengths]
         yield from race(settings, OPERATION, mode, runners)
