@@ -123,7 +123,9 @@ class Checkpointer:
         arrays = _named_arrays(template)
         self._check_structure(step, arrays)
         specs = {
-            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None)
+            )
             for name, leaf in arrays.items()
         }
         restored = self._manager.restore(
