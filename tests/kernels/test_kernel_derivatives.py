@@ -42,6 +42,12 @@ CONV: dict[str, Any] = {"groups": 2, "dilation": 2}
 # resets or segments where the operation has them; the loss reads the final state too.
 CASES = {
     "selective_scan": ("selective_scan", scan_arguments((2,), 5, 2, 3, seed=1), SCAN),
+    # So many states that a CPU reads one row after the other.
+    "selective_scan_rows": (
+        "selective_scan",
+        scan_arguments((2,), 3, 49, 32, seed=11),
+        SCAN,
+    ),
     "linear_recurrence": (
         "linear_recurrence",
         recurrence_arguments((2,), 5, 2, seed=2),
@@ -156,24 +162,29 @@ def test_gradient_through_checkpoint(case, implementation):
     check_gradient(jax.checkpoint(function), oracle, point)
 
 
+def row_spec(name):
+    shared = ("A", "D", "delta_bias", "weight", "bias")
+    return PartitionSpec() if name in shared else PartitionSpec("data")
+
+
+def place_rows(mesh, point):
+    return {
+        name: jax.device_put(values, NamedSharding(mesh, row_spec(name)))
+        for name, values in point.items()
+    }
+
+
 @fast
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @over(CASES)
 def test_gradient_through_shard_map(case, axis_type, implementation):
     operation, arguments, static = case
     smooth, fixed = split_fixed(arguments)
-    shared = ("A", "D", "delta_bias", "weight", "bias")
-    specs = {
-        name: PartitionSpec() if name in shared else PartitionSpec("data")
-        for name in arguments
-    }
+    specs = {name: row_spec(name) for name in arguments}
     mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,))
 
     def place(point):
-        return {
-            name: jax.device_put(values, NamedSharding(mesh, specs[name]))
-            for name, values in point.items()
-        }
+        return place_rows(mesh, point)
 
     def shard_loss(point, known):
         function, _ = loss_pair(operation, implementation, known, **static)
@@ -189,6 +200,21 @@ def test_gradient_through_shard_map(case, axis_type, implementation):
     check_gradient(
         lambda point: jnp.sum(sharded(point, place(fixed))), oracle, smooth, place
     )
+
+
+@pytest.mark.parametrize("name", ["selective_scan", "selective_scan_rows"])
+def test_gradient_of_rows_sharded_by_type(name):
+    operation, arguments, static = CASES[name]
+    smooth, fixed = split_fixed(arguments)
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
+
+    def place(point):
+        return place_rows(mesh, point)
+
+    with jax.set_mesh(mesh):
+        function, _ = loss_pair(operation, "xla", place(fixed), **static)
+        _, oracle = loss_pair(operation, "xla", fixed, **static)
+        check_gradient(function, oracle, smooth, place)
 
 
 @both

@@ -46,12 +46,14 @@ def assert_close(
     dtype: np.typing.DTypeLike,
     length: int = 1,
     factor: float = 8.0,
+    terms: float = 1e-30,
     name: str = "result",
 ) -> None:
     """Fail if `actual` is further from `expected` than arithmetic in `dtype` explains.
 
     The error allowed is `tolerance * max |expected|`, the error of a sum whose terms
-    are as large as the largest result.
+    are as large as the largest result; where all results may be small because their
+    terms cancel, `terms` is the size of the terms.
     """
     got, want = as_wide(actual), as_wide(expected)
     assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
@@ -59,7 +61,7 @@ def assert_close(
         return
     assert np.all(np.isfinite(want)), f"{name}: the expected value is not finite"
     assert np.all(np.isfinite(got)), f"{name}: not finite"
-    allowed = tolerance(dtype, length, factor) * max(np.max(np.abs(want)), 1e-30)
+    allowed = tolerance(dtype, length, factor) * max(np.max(np.abs(want)), terms)
     worst = np.max(np.abs(got - want))
     assert worst <= allowed, (
         f"{name}: off by {worst:.3e}, allowed {allowed:.3e} "

@@ -16,6 +16,8 @@ TEST_SPECS = (
     Spec("one_token", 2, 1, 3, 4),
     Spec("one_row", 1, 33, 5, 4),
     Spec("odd", 3, 65, 7, 5),
+    # More states than a CPU keeps together: it reads one row after the other.
+    Spec("many_states", 3, 37, 49, 23),
 )
 
 BENCHMARK_SPECS = (
