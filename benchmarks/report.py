@@ -17,6 +17,7 @@ from . import (
     second_order,
     selective_scan,
 )
+from ._bars import NAMES
 from ._environment import RESULTS, ROOT
 from ._records import MEASURED, read_records
 
@@ -76,7 +77,10 @@ def _chapter(records: Sequence[Record]) -> str:
         (r for r in records if r["kind"] == "measurement"),
         ("operation", "mode", "implementation"),
     )
-    bars = _newest((r for r in records if r["kind"] == "bar"), ("name",))
+    # In the order of the claims; one that is no longer made is left out.
+    found = _newest((r for r in records if r["kind"] == "bar"), ("name",))
+    found = [bar for bar in found if bar["name"] in NAMES]
+    bars = sorted(found, key=lambda bar: NAMES.index(bar["name"]))
     machine = records[-1]["device"]
     lines = [
         f"## {machine['model']}, {machine['cores']} cores",

@@ -1,8 +1,9 @@
 """The selective scan, forward and with the gradients of all six inputs.
 
 `xla` and `reference` are the library's. `plain_scan` is a `jax.lax.scan` over the batch
-with channels on the last axis, `plain_scan_rows` the same with a batch axis of one row
-dropped; neither recomputes anything. `associative_scan` is JAX's. `mambapy_pscan` and
+with channels on the last axis, as one would write it at first; `plain_scan_rows` is the
+same with a batch axis of one row dropped, one of the tricks that make the library fast.
+Neither recomputes anything. `associative_scan` is JAX's. `mambapy_pscan` and
 `transformers_scan` run on PyTorch.
 """
 

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import _harness, _inputs, _oracle, _peers, report
 from benchmarks.__main__ import main
-from benchmarks._bars import bars
+from benchmarks._bars import NAMES, bars
 from benchmarks._records import Measurement, read_records
 from capibara_eqx.kernels import selective_scan
 
@@ -196,7 +196,6 @@ def test_bars_follow_from_the_medians():
     assert {name: bar.value for name, bar in found.items()} == {
         "pscan_forward": 6.5,
         "plain_gradients": 2.5,
-        "plain_rows_gradients": 3.1,
         "temporaries": 0.25,
     }
     assert [name for name, bar in found.items() if not bar.passed] == [
@@ -225,3 +224,16 @@ def test_a_file_that_holds_no_records_is_named(tmp_path, line):
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match="records.jsonl:1"):
         read_records([path])
+
+
+def test_the_page_shows_the_claims_that_are_made_in_their_order():
+    def bar(name):
+        measured = {"limit": 2.0, "at_least": True, "unit": "times", "value": 3.0}
+        verdict = {"passed": True, "statement": f"statement of {name}"}
+        device = {"kind": "a", "model": "b", "cores": 2}
+        return {"kind": "bar", "name": name, "device": device, **measured, **verdict}
+
+    page = report.render(bar(name) for name in ("retired", *reversed(NAMES)))
+    assert "statement of retired" not in page
+    places = [page.index(f"statement of {name} ") for name in NAMES]
+    assert places == sorted(places)
