@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from support.derivatives import (
     check_first_order,
     check_gradient,
@@ -160,61 +159,6 @@ def test_vmap_of_derivatives(case, implementation):
 def test_gradient_through_checkpoint(case, implementation):
     function, oracle, point = pair(case, implementation)
     check_gradient(jax.checkpoint(function), oracle, point)
-
-
-def row_spec(name):
-    shared = ("A", "D", "delta_bias", "weight", "bias")
-    return PartitionSpec() if name in shared else PartitionSpec("data")
-
-
-def place_rows(mesh, point):
-    return {
-        name: jax.device_put(values, NamedSharding(mesh, row_spec(name)))
-        for name, values in point.items()
-    }
-
-
-@fast
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@over(CASES)
-def test_gradient_through_shard_map(case, axis_type, implementation):
-    operation, arguments, static = case
-    smooth, fixed = split_fixed(arguments)
-    specs = {name: row_spec(name) for name in arguments}
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(axis_type,))
-
-    def place(point):
-        return place_rows(mesh, point)
-
-    def shard_loss(point, known):
-        function, _ = loss_pair(operation, implementation, known, **static)
-        return function(point)[None]
-
-    sharded = jax.shard_map(
-        shard_loss,
-        mesh=mesh,
-        in_specs=({n: specs[n] for n in smooth}, {n: specs[n] for n in fixed}),
-        out_specs=PartitionSpec("data"),
-    )
-    _, oracle = loss_pair(operation, implementation, fixed, **static)
-    check_gradient(
-        lambda point: jnp.sum(sharded(point, place(fixed))), oracle, smooth, place
-    )
-
-
-@pytest.mark.parametrize("name", ["selective_scan", "selective_scan_rows"])
-def test_gradient_of_rows_sharded_by_type(name):
-    operation, arguments, static = CASES[name]
-    smooth, fixed = split_fixed(arguments)
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
-
-    def place(point):
-        return place_rows(mesh, point)
-
-    with jax.set_mesh(mesh):
-        function, _ = loss_pair(operation, "xla", place(fixed), **static)
-        _, oracle = loss_pair(operation, "xla", fixed, **static)
-        check_gradient(function, oracle, smooth, place)
 
 
 @both

@@ -1,9 +1,13 @@
 from ._checks import check_choice as check_choice
+from ._checks import check_ids as check_ids
 from ._checks import check_last_axis as check_last_axis
 from ._checks import check_positive as check_positive
 from ._checks import check_probability as check_probability
+from ._checks import check_range as check_range
+from ._checks import check_seed as check_seed
 from ._checks import check_segment_ids as check_segment_ids
 from ._checks import check_sequence as check_sequence
+from ._checks import check_size as check_size
 from ._checks import nearest as nearest
 from ._extras import require_extra as require_extra
 from ._keys import split_or_none as split_or_none
@@ -12,3 +16,4 @@ from ._precision import accumulator_dtype as accumulator_dtype
 from ._precision import promote_dtypes as promote_dtypes
 from ._segments import last_segment as last_segment
 from ._segments import segment_starts as segment_starts
+from ._segments import zero_padding as zero_padding

@@ -1,20 +1,98 @@
 import difflib
+import math
 from collections.abc import Iterable
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped
 
 
+_REAL = int | float | np.integer | np.floating
+
+
 def check_positive(name: str, value: int | float) -> None:
-    """Raise `ValueError` unless `value` is greater than zero."""
-    if not value > 0:
-        raise ValueError(f"`{name}` must be positive, got {value}.")
+    """Raise `ValueError` unless `value` is greater than zero and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+
+
+def check_size(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a whole number greater than zero."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
 
 
 def check_probability(name: str, value: int | float) -> None:
     """Raise `ValueError` unless `value` lies in [0, 1]."""
     if not 0 <= value <= 1:
         raise ValueError(f"`{name}` must lie between 0 and 1, got {value}.")
+
+
+def check_range(
+    name: str,
+    value: object,
+    *,
+    above: int | float | None = None,
+    least: int | float | None = None,
+    below: int | float | None = None,
+    most: int | float | None = None,
+    hint: str = "",
+) -> None:
+    """Raise `ValueError` unless `value` is a finite number inside the bounds.
+
+    `above` and `below` are excluded, `least` and `most` are not. `hint` ends the
+    message: the likely fix.
+    """
+    if isinstance(value, bool) or not isinstance(value, _REAL):
+        raise ValueError(f"`{name}` must be a number, got {value!r}. {hint}".rstrip())
+    number = _as_float32(value)
+    if not abs(number) <= float(np.finfo(np.float32).max):  # so that NaN is refused too
+        raise ValueError(
+            f"`{name}` must be finite in float32, got {value}. {hint}".rstrip()
+        )
+    inside = (
+        (above is None or number > above)
+        and (least is None or number >= least)
+        and (below is None or number < below)
+        and (most is None or number <= most)
+    )
+    if not inside:
+        at_edge = number in (above, below) and number != value
+        rounded = f", which is {number:g} in float32" if at_edge else ""
+        raise ValueError(
+            f"`{name}` must {_bounds(above, least, below, most)}, got "
+            f"{value}{rounded}. {hint}".rstrip()
+        )
+
+
+def _as_float32(value) -> int | float:
+    """What arrays make of a number: subnormal ones are zero there; integers stay."""
+    if isinstance(value, int | np.integer):
+        return int(value)
+    with np.errstate(over="ignore", under="ignore"):
+        number = float(np.float32(value))
+    return 0.0 if abs(number) < np.finfo(np.float32).tiny else number
+
+
+def _bounds(above, least, below, most) -> str:
+    if least is not None and most is not None:
+        return f"lie between {least} and {most}"
+    positive = "positive" if above == 0 else f"above {above}"
+    words = [
+        positive if above is not None else None,
+        f"{least} or greater" if least is not None else None,
+        f"below {below}" if below is not None else None,
+        f"at most {most}" if most is not None else None,
+    ]
+    return "be " + " and ".join(word for word in words if word is not None)
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a seed of its own for `jax.random.key`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise ValueError(f"`{name}` must be an integer, got {value!r}.")
+    # Beyond, jax keeps the low 32 bits: two seeds would give the same run.
+    check_range(name, value, least=0, most=2**32 - 1)
 
 
 def nearest(value: object, choices: Iterable[str]) -> str:
@@ -63,17 +141,22 @@ def check_sequence(
         )
 
 
+def check_ids(layer: str, argument: str, ids: Shaped[Array, "..."]) -> None:
+    """Raise `ValueError` unless `ids` are integers."""
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(
+            f"{layer}: `{argument}` must be of integers, got {ids.dtype}. "
+            f"Convert them, as in `{argument}.astype(jnp.int32)`."
+        )
+
+
 def check_segment_ids(
     layer: str, segment_ids: Shaped[Array, "..."] | None, shape: tuple[int, ...]
 ) -> None:
     """Raise `ValueError` unless `segment_ids` are integers with the tokens' `shape`."""
     if segment_ids is None:
         return
-    if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
-        raise ValueError(
-            f"{layer}: `segment_ids` must be of integers, got {segment_ids.dtype}. "
-            "Convert them, as in `segment_ids.astype(jnp.int32)`."
-        )
+    check_ids(layer, "segment_ids", segment_ids)
     if segment_ids.shape != shape:
         raise ValueError(
             f"{layer}: `segment_ids` must have the batch and sequence axes of the "

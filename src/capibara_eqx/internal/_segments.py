@@ -1,6 +1,19 @@
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
+
+
+def zero_padding(
+    x: Shaped[Array, "*batch seq d"], segment_ids: Int[Array, "*batch seq"] | None
+) -> Shaped[Array, "*batch seq d"]:
+    """`x` with zeros where `segment_ids` are negative.
+
+    On the way in as well as out: what stands at padding may be NaN, which times a
+    gradient of zero is NaN again.
+    """
+    if segment_ids is None:
+        return x
+    return jnp.where(segment_ids[..., None] >= 0, x, jnp.zeros_like(x))
 
 
 def previous_segment(

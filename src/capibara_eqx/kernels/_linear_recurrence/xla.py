@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
 from ...internal import accumulator_dtype, promote_dtypes
+from .._carry import start_of
 
 
 def linear_recurrence(
@@ -22,8 +23,8 @@ def linear_recurrence(
     dtype = accumulator_dtype(a.dtype, x.dtype)
     if initial_state is not None:
         dtype = accumulator_dtype(dtype, initial_state.dtype)
-    else:
-        initial_state = jnp.zeros((*batch, d), dtype)
+    entering = (a[..., 0, :], x[..., 0, :], None if reset is None else reset[..., :1])
+    start = start_of(initial_state, (*batch, d), dtype, *entering)
 
     def vectors(x):
         # Rows and channels in one axis: a batch axis of one element would keep XLA's
@@ -41,7 +42,6 @@ def linear_recurrence(
     tokens = (vectors(a.astype(dtype)), vectors(x.astype(dtype)))
     if reset is not None:
         tokens = (*tokens, vectors(jnp.broadcast_to(reset[..., None], x.shape)))
-    start = initial_state.astype(dtype).reshape(-1)
-    last, h = jax.lax.scan(step, start, tokens, reverse=reverse)
+    last, h = jax.lax.scan(step, start.reshape(-1), tokens, reverse=reverse)
     h = jnp.moveaxis(h.reshape(seq, *batch, d), 0, -2)
     return h.astype(promote_dtypes(a.dtype, x.dtype)), last.reshape(*batch, d)

@@ -39,8 +39,9 @@ def selective_scan(
     Linear-Time Sequence Modeling with Selective State Spaces*, arXiv 2312.00752.
 
     Differentiable any number of times, forward and reverse, in every array argument,
-    through `y` and `final_state`; works under `jit`, `vmap`, `checkpoint` and
-    `shard_map`.
+    through `y` and `final_state`; works under `jit`, `vmap`, `checkpoint`, inside
+    `shard_map` over mesh axes of type Auto or Explicit, and on rows that are sharded
+    along an Explicit axis.
 
     **Arguments:**
 

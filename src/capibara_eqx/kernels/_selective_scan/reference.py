@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ...internal import accumulator_dtype
+from .._carry import start_of
 
 
 def selective_scan(
@@ -19,13 +20,8 @@ def selective_scan(
     reset: Bool[Array, "*batch seq"] | None,
 ) -> tuple[Float[Array, "*batch seq d_inner"], Float[Array, "*batch d_inner d_state"]]:
     """The definition of `kernels.selective_scan`: one step a token, written plainly."""
-    *batch, seq, d_inner = u.shape
-    if batch:
+    if u.ndim > 2:
         # One row at a time, so that this form has no batch axis to get wrong.
-        if initial_state is None:
-            initial_state = jnp.zeros((*batch, d_inner, A.shape[1]), jnp.float32)
-        if reset is None:
-            reset = jnp.zeros((*batch, seq), bool)
         rows = (u, delta, B, C, z, initial_state, reset)
         return jax.vmap(
             lambda u, delta, B, C, z, h, reset: selective_scan(
@@ -33,11 +29,8 @@ def selective_scan(
             )
         )(*rows)
     dtype = accumulator_dtype(u.dtype, delta.dtype, A.dtype, B.dtype, C.dtype)
-    if initial_state is None:
-        initial_state = jnp.zeros((d_inner, A.shape[1]), dtype)
-    dtype = accumulator_dtype(dtype, initial_state.dtype)
-    if reset is None:
-        reset = jnp.zeros((seq,), bool)
+    if initial_state is not None:
+        dtype = accumulator_dtype(dtype, initial_state.dtype)
     x, dt, A, B, C = (v.astype(dtype) for v in (u, delta, A, B, C))
     if delta_bias is not None:
         dt = dt + delta_bias.astype(dtype)[None]
@@ -46,11 +39,15 @@ def selective_scan(
 
     def step(h, token):
         x, dt, B, C, reset = token
-        h = jnp.where(reset, jnp.zeros_like(h), h)
+        if reset is not None:
+            h = jnp.where(reset, jnp.zeros_like(h), h)
         h = jnp.exp(dt[:, None] * A) * h + (dt * x)[:, None] * B[None, :]
         return h, h @ C
 
-    h, y = jax.lax.scan(step, initial_state.astype(dtype), (x, dt, B, C, reset))
+    entering = (x[0, :, None], dt[0, :, None], A, B[:1])
+    start = None if reset is None else reset[:1, None]
+    h = start_of(initial_state, A.shape, dtype, *entering, start)
+    h, y = jax.lax.scan(step, h, (x, dt, B, C, reset))
     if D is not None:
         y = y + D.astype(dtype)[None] * x
     if z is not None:

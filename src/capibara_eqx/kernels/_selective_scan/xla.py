@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ...internal import accumulator_dtype
+from .._carry import start_of
 
 
 # Long enough that the saved boundary states are few, short enough that the states of
@@ -46,9 +47,8 @@ def selective_scan(
     *batch, seq, d_inner = u.shape
     d_state = A.shape[1]
     dtype = accumulator_dtype(u.dtype, delta.dtype, A.dtype, B.dtype, C.dtype)
-    if initial_state is None:
-        initial_state = jnp.zeros((*batch, d_inner, d_state), dtype)
-    dtype = accumulator_dtype(dtype, initial_state.dtype)
+    if initial_state is not None:
+        dtype = accumulator_dtype(dtype, initial_state.dtype)
 
     dt = delta.astype(dtype)
     if delta_bias is not None:
@@ -56,7 +56,14 @@ def selective_scan(
     if delta_softplus:
         dt = jax.nn.softplus(dt)
 
-    rows = (u, dt, B, C, initial_state.astype(dtype), reset)
+    h = start_of(
+        initial_state,
+        (*batch, d_inner, d_state),
+        dtype,
+        *(u[..., 0, :, None], dt[..., 0, :, None], A, B[..., 0, None, :]),
+        None if reset is None else reset[..., 0, None, None],
+    )
+    rows = (u, dt, B, C, h, reset)
     rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), rows)
     y, h = _scan_rows(A.T.astype(dtype), rows)
     y, h = y.reshape(u.shape), h.reshape(*batch, d_inner, d_state)

@@ -1,0 +1,104 @@
+"""Kernels over two devices: inside `shard_map`, and sharded by type."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from support.derivatives import check_gradient
+from support.kernel_cases import (
+    IMPLEMENTATIONS,
+    OPERATIONS,
+    conv_arguments,
+    loss_pair,
+    recurrence_arguments,
+    scan_arguments,
+    smooth_loss,
+    split_fixed,
+)
+
+
+CASES = {
+    "selective_scan": (
+        "selective_scan",
+        scan_arguments((2,), 5, 2, 3),
+        {"delta_softplus": True},
+    ),
+    # So many states that a CPU reads one row after the other.
+    "selective_scan_rows": ("selective_scan", scan_arguments((4,), 3, 49, 32), {}),
+    "linear_recurrence": ("linear_recurrence", recurrence_arguments((2,), 5, 2), {}),
+    "causal_conv": (
+        "causal_conv",
+        conv_arguments((2,), 8, 4, 2, 3, groups=2, dilation=2),
+        {"groups": 2, "dilation": 2},
+    ),
+}
+WHOLE = ("A", "D", "delta_bias", "weight", "bias")
+
+
+def spec(name: str) -> P:
+    return P() if name in WHOLE else P("data")
+
+
+def placer(mesh: Mesh):
+    def place(point):
+        return {
+            name: jax.device_put(values, NamedSharding(mesh, spec(name)))
+            for name, values in point.items()
+        }
+
+    return place
+
+
+def parts(name: str, start: str):
+    """The case, with its initial state, or left to start from zeros."""
+    operation, arguments, static = CASES[name]
+    if start == "fresh":
+        kept = ("initial_state", "reset", "segment_ids")
+        arguments = {n: v for n, v in arguments.items() if n not in kept}
+    return operation, *split_fixed(arguments), static
+
+
+starts = pytest.mark.parametrize("start", ["given", "fresh"])
+
+
+@starts
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_through_shard_map(name, implementation, axis_type, start):
+    operation, smooth, fixed, static = parts(name, start)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    place = placer(mesh)
+    arguments = {**smooth, **fixed}
+
+    def run(arrays):
+        return OPERATIONS[operation](**arrays, **static, implementation=implementation)
+
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=({n: spec(n) for n in arguments},),
+        out_specs=(P("data"), P("data")),
+    )
+    _, oracle = loss_pair(operation, implementation, fixed, **static)
+    with jax.set_mesh(mesh):
+        check_gradient(
+            lambda point: smooth_loss(jnp, sharded({**point, **place(fixed)})),
+            oracle,
+            smooth,
+            place,
+        )
+
+
+@starts
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("name", ["selective_scan", "selective_scan_rows"])
+def test_gradient_of_rows_sharded_by_type(name, implementation, start):
+    operation, smooth, fixed, static = parts(name, start)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    place = placer(mesh)
+    _, oracle = loss_pair(operation, implementation, fixed, **static)
+    with jax.set_mesh(mesh):
+        function, _ = loss_pair(operation, implementation, place(fixed), **static)
+        check_gradient(function, oracle, smooth, place)
