@@ -21,6 +21,8 @@ from support.layer_cases import (
     step,
 )
 
+from capibara_eqx.layers import AbstractSequenceMixer
+
 
 def everything(layer, x, ids, x_next):
     """All that a mixer computes: a call, a prefill, a step."""
@@ -31,6 +33,8 @@ def everything(layer, x, ids, x_next):
 
 def call_vmapped(layer, x, *ids):
     axes = ids[0].ndim - 1 if ids else x.ndim - 1
+    if not ids and isinstance(layer, AbstractSequenceMixer):
+        axes -= 1  # the sequence
 
     def rows(x, *ids):
         return call(layer, x, *ids)
@@ -86,7 +90,7 @@ def test_batch_axes_are_rows_on_their_own(case, ids, seed):
     seed=seeds,
 )
 def test_pointwise_layers_take_any_axes(case, shape, function, seed):
-    x = inputs(case, shape, seed)
+    x = inputs(case, (*shape, *case.axes), seed)
     got = run(case, function, x)
     for index in np.ndindex(shape):
         close(case, got[index], run(case, call, x[index]), f"element {index}")

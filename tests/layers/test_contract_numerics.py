@@ -45,6 +45,16 @@ def gradients(layer, x, ids=None):
     return eqx.filter_value_and_grad(loss)((layer, x))
 
 
+def valid_gradients(layer, x, ids):
+    """As `gradients`, in the parameters, of a loss that leaves padding out."""
+
+    def loss(layer):
+        y = call(layer, x, ids)
+        return energy(jnp.where(ids[:, None] >= 0, y, jnp.zeros_like(y)))
+
+    return eqx.filter_value_and_grad(loss)(layer)
+
+
 def through_the_cache(layer, cache, x):
     """Gradients of the outputs in the cache; of the new cache in layer and input."""
 
@@ -181,6 +191,20 @@ def test_every_parameter_has_a_gradient(case):
     _, (gradient, _) = compiled(case, gradients).run(layer_of(case), x, ids)
     for path, leaf in jax.tree.leaves_with_path(gradient):
         assert np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
+
+
+@each("mixer")
+def test_what_stands_at_padding_reaches_no_gradient(case):
+    """NaN times a gradient of zero would be NaN: padding is left out on the way in."""
+    x, ids = inputs(case, (LENGTH,), 0), jnp.asarray(IDS)
+    padding = ids < 0 if case.tokens else ids[:, None] < 0
+    nothing = jnp.asarray(-1 if case.tokens else jnp.nan, x.dtype)
+    run = compiled(case, valid_gradients).run
+    _, want = run(layer_of(case), x, ids)
+    value, got = run(layer_of(case), jnp.where(padding, nothing, x), ids)
+    assert np.isfinite(value)
+    for got_leaf, want_leaf in zip(arrays(got), arrays(want), strict=True):
+        np.testing.assert_array_equal(got_leaf, want_leaf)
 
 
 @each("memory")

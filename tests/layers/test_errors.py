@@ -43,15 +43,16 @@ both = pytest.mark.parametrize("layer", MIXERS)
 
 # constructor, argument, wrong values
 SIZES = [
-    (mamba, "d_model", [0, -4]),
-    (mamba, "d_state", [0, -1]),
+    (mamba, "d_model", [0, -4, 4.5, "8"]),
+    (mamba, "d_state", [0, -1, True]),
     (mamba, "d_conv", [0, -1]),
-    (mamba, "expand", [0, -2]),
-    (mamba, "dt_rank", [0, -1]),
+    (mamba, "expand", [0, -2, 1.5]),
+    (mamba, "dt_rank", [0, -1, None, 2.5]),
     (mamba, "dt_min", [0.0, -0.1, float("nan")]),
-    (mamba, "dt_max", [-0.1, float("nan")]),
+    (mamba, "dt_max", [-0.1, float("nan"), float("inf")]),
     (mamba, "dt_scale", [0.0, -1.0]),
-    (conv, "in_channels", [0, -4]),
+    (mamba, "dt_init_floor", [-1.0, float("nan"), float("inf")]),
+    (conv, "in_channels", [0, -4, 4.0]),
     (conv, "out_channels", [0, -4]),
     (conv, "kernel_size", [0, -3]),
     (conv, "groups", [0, -1]),
@@ -133,6 +134,12 @@ def test_a_wrong_last_axis(layer, width, wrong, jitted):
 def test_a_scalar_is_no_vector(layer):
     with refused("`x`", "4", "()"):
         layer(zeros())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bool"])
+def test_ids_that_are_no_integers(dtype):
+    with refused("Embedding", "`tokens`", "integers", dtype, "astype"):
+        embedding()(zeros(2, dtype=dtype))
 
 
 def test_scores_of_a_wrong_width():

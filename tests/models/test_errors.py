@@ -77,7 +77,7 @@ def test_an_unknown_policy():
         LanguageModel(7, D, [block()], remat="all", key=KEY)
 
 
-@pytest.mark.parametrize("value", [0, -1])
+@pytest.mark.parametrize("value", [0, -1, 2.5])
 @pytest.mark.parametrize("name", ["vocab_size", "d_model", "n_layers"])
 def test_sizes_that_are_not_positive(name, value):
     sizes: dict[str, Any] = {"vocab_size": 7, "d_model": D, "n_layers": 1}
@@ -113,6 +113,17 @@ def test_tokens_that_are_no_sequence(scan, shape):
         built(ids(*shape))
     with refused(*words):
         built.prefill(ids(*shape), built.init_cache(shape[:-1]))
+
+
+def test_tokens_that_are_no_integers():
+    built = model()
+    words = ("`tokens`", "integers", "float32", "astype")
+    with refused(*words):
+        built(jnp.zeros((2, 4)))
+    with refused(*words):
+        built.prefill(jnp.zeros((2, 4)), built.init_cache((2,)))
+    with refused("`token`", "integers", "float32"):
+        built.step(jnp.zeros((2,)), built.init_cache((2,)))
 
 
 @SCANS
@@ -175,6 +186,8 @@ def test_active_dropout_without_a_key(scan):
 GENERATE = [
     ({"max_new_tokens": 0}, ["`max_new_tokens`", "positive", "0"]),
     ({"max_new_tokens": -2}, ["`max_new_tokens`", "positive", "-2"]),
+    ({"max_new_tokens": 2.5}, ["`max_new_tokens`", "integer", "2.5"]),
+    ({"prompt": jnp.zeros((2, 3))}, ["`prompt`", "integers", "float32"]),
     ({"temperature": -0.5}, ["`temperature`", "0 or greater", "-0.5"]),
     ({"temperature": float("nan")}, ["`temperature`", "nan"]),
     ({"top_k": 0}, ["`top_k`", "positive", "0"]),

@@ -55,6 +55,7 @@ class Case:
     input is padding: "zero", "input" (a residual stream), or "any" (scores).
     `cache_axes` is the number of layer axes in front of a cache's batch axes.
     `remembers` is false for a mixer whose output depends on the current token alone.
+    `axes` are those that a layer which is no mixer reads together.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Case:
     padding: str = "zero"
     cache_axes: int = 0
     remembers: bool = True
+    axes: tuple[int, ...] = ()
     slow: bool = False
 
     @property
@@ -111,6 +113,14 @@ CASES = (
     Case("layer_norm", lambda key: LayerNorm(5), 5, 5, mixer=False),
     Case("embedding", partial(Embedding, VOCAB, 3), 3, 1, mixer=False, tokens=True),
     Case("dropout_at_inference", lambda key: Dropout(0.5, True), 5, 1, mixer=False),
+    Case(
+        "conv_centred",
+        partial(Conv1DBlock, 3, 3, 4, causal=False, norm="rms"),
+        width=3,
+        terms=20,
+        mixer=False,
+        axes=(LENGTH,),
+    ),
     Case("conv_depthwise", partial(Conv1DBlock, 3, 3, 4, groups=3), 3, 4),
     Case("conv_everything", partial(Conv1DBlock, 4, 4, 3, **_EVERYTHING), 4, 10),
     Case(

@@ -9,10 +9,11 @@ from ..internal import (
     accumulator_dtype,
     check_choice,
     check_last_axis,
-    check_positive,
     check_segment_ids,
     check_sequence,
+    check_size,
     segment_starts,
+    zero_padding,
 )
 from ..kernels import causal_conv
 from ._activation import activate, check_activation
@@ -40,7 +41,17 @@ class Conv1DBlock(AbstractSequenceMixer):
     $(K - 1) r$ before it, for kernel size $K$ and dilation $r$. A causal block has
     the whole sequence-mixer contract, packing and streaming included. With
     `causal=False` the window is centred (the same length comes out, for an even
-    kernel it reaches one further back than forward), and there are no cache methods.
+    kernel it reaches one further back than forward), and the cache methods raise.
+
+    !!! example
+
+        ```python
+        block = Conv1DBlock(64, 64, 4, groups=64, norm="rms", residual=True,
+                            key=jax.random.key(0))
+        y = block(x)                                   # (*batch, seq, 64)
+        y, cache = block.prefill(x, block.init_cache((2,)))
+        y_t, cache = block.step(x_t, cache)            # one token more
+        ```
     """
 
     weight: Float[Array, "{self.out_channels} _ {self.kernel_size}"]
@@ -102,7 +113,7 @@ class Conv1DBlock(AbstractSequenceMixer):
             "dilation": dilation,
         }
         for name, value in sizes.items():
-            check_positive(name, value)
+            check_size(name, value)
         if in_channels % groups or out_channels % groups:
             raise ValueError(
                 f"`groups` must divide `in_channels` and `out_channels`, got groups "
@@ -265,9 +276,7 @@ class Conv1DBlock(AbstractSequenceMixer):
             y = activate(self.activation, y)
         if self.residual:
             y = x + y
-        if segment_ids is not None:
-            y = jnp.where(segment_ids[..., None] >= 0, y, jnp.zeros_like(y))
-        return y
+        return zero_padding(y, segment_ids)
 
 
 def _starts_elsewhere(

@@ -11,6 +11,12 @@ class Dropout(eqx.Module):
 
     Srivastava et al., *Dropout: A Simple Way to Prevent Neural Networks from
     Overfitting*, JMLR 15, 2014. `equinox.nn.inference_mode` turns it off.
+
+    !!! example
+
+        ```python
+        y = Dropout(0.1)(x, key=jax.random.key(0))
+        ```
     """
 
     # Not static, so that `eqx.tree_at` and `inference_mode` can change them.

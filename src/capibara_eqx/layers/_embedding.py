@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Integer, PRNGKeyArray
 
-from ..internal import check_last_axis, check_positive
+from ..internal import check_ids, check_last_axis, check_size
 
 
 class Embedding(eqx.Module):
@@ -11,6 +11,14 @@ class Embedding(eqx.Module):
 
     Field names and weight layout are those of `equinox.nn.Embedding`; any number of
     axes of ids is allowed.
+
+    !!! example
+
+        ```python
+        table = Embedding(256, 64, key=jax.random.key(0))
+        x = table(tokens)                              # (*batch,) -> (*batch, 64)
+        logits = table.attend(x)                       # (*batch, 256): a tied head
+        ```
     """
 
     weight: Float[Array, "{self.num_embeddings} {self.embedding_size}"]
@@ -36,8 +44,8 @@ class Embedding(eqx.Module):
 
         `ValueError` for a size that is not positive.
         """
-        check_positive("num_embeddings", num_embeddings)
-        check_positive("embedding_size", embedding_size)
+        check_size("num_embeddings", num_embeddings)
+        check_size("embedding_size", embedding_size)
         shape = (num_embeddings, embedding_size)
         dtype = jnp.float32 if dtype is None else dtype
         self.weight = 0.02 * jax.random.normal(key, shape, dtype)
@@ -57,8 +65,13 @@ class Embedding(eqx.Module):
         **Returns:**
 
         `(*batch, embedding_size)`, in the dtype of the table.
+
+        **Raises:**
+
+        `ValueError` for ids that are not integers.
         """
         del key
+        check_ids("Embedding", "tokens", tokens)
         tokens = tokens.astype(jnp.int32)
         # A negative id would count from the end of the table.
         tokens = jnp.where(tokens < 0, self.num_embeddings, tokens)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..internal import check_last_axis, check_positive
+from ..internal import check_last_axis, check_size
 
 
 class Linear(eqx.Module):
@@ -14,6 +14,13 @@ class Linear(eqx.Module):
     Field names and weight layout are those of `equinox.nn.Linear`; any number of
     leading axes is allowed. It computes in the dtype of its input, whatever the dtype
     of its parameters.
+
+    !!! example
+
+        ```python
+        layer = Linear(64, 32, key=jax.random.key(0))
+        y = layer(x)                                   # (*batch, 64) -> (*batch, 32)
+        ```
     """
 
     weight: Float[Array, "{self.out_features} {self.in_features}"]
@@ -42,8 +49,8 @@ class Linear(eqx.Module):
 
         `ValueError` for a size that is not positive.
         """
-        check_positive("in_features", in_features)
-        check_positive("out_features", out_features)
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
         weight_key, bias_key = jax.random.split(key)
         dtype = jnp.float32 if dtype is None else dtype
         limit = 1 / math.sqrt(in_features)

@@ -12,9 +12,12 @@ from ..internal import (
     check_choice,
     check_last_axis,
     check_positive,
+    check_range,
     check_segment_ids,
     check_sequence,
+    check_size,
     segment_starts,
+    zero_padding,
 )
 from ..kernels import selective_scan
 from ._activation import check_activation
@@ -132,20 +135,22 @@ class Mamba(AbstractSequenceMixer):
             "d_state": d_state,
             "d_conv": d_conv,
             "expand": expand,
-            "dt_min": dt_min,
-            "dt_scale": dt_scale,
         }
         for name, value in sizes.items():
+            check_size(name, value)
+        steps = {"dt_min": dt_min, "dt_max": dt_max, "dt_scale": dt_scale}
+        for name, value in steps.items():
             check_positive(name, value)
-        if not dt_min <= dt_max:  # so that NaN is refused too
+        if dt_min > dt_max:
             raise ValueError(
                 "`dt_min` must not be greater than `dt_max`, got "
                 f"dt_min={dt_min} and dt_max={dt_max}. Are they swapped?"
             )
+        check_range("dt_init_floor", dt_init_floor, least=0, hint="0 sets none.")
         if isinstance(dt_rank, str):
             check_choice("dt_rank", dt_rank, ("auto",))
             dt_rank = math.ceil(d_model / 16)
-        check_positive("dt_rank", dt_rank)
+        check_size("dt_rank", dt_rank)
         check_choice("dt_init", dt_init, ("random", "constant"))
         check_activation(activation)
 
@@ -249,7 +254,7 @@ class Mamba(AbstractSequenceMixer):
 
     def _read(self, x, cache, segment_ids):
         check_segment_ids("Mamba", segment_ids, x.shape[:-1])
-        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u, z = jnp.split(self.in_proj(zero_padding(x, segment_ids)), 2, axis=-1)
         segment = cache.conv.segment
         u, conv = self.conv.prefill(u, cache.conv, segment_ids=segment_ids)
         ends = [self.dt_rank, self.dt_rank + self.d_state]
@@ -274,9 +279,7 @@ class Mamba(AbstractSequenceMixer):
             reset=reset,
             implementation=self.implementation,
         )
-        y = self.out_proj(y)
-        if segment_ids is not None:
-            y = jnp.where(segment_ids[..., None] >= 0, y, jnp.zeros_like(y))
+        y = zero_padding(self.out_proj(y), segment_ids)
         return y, MambaCache(conv, state.astype(cache.state.dtype))
 
 

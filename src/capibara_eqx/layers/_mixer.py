@@ -10,6 +10,16 @@ class AbstractAux(eqx.Module):
 
     A layer that has one returns `(y, aux)`, always. Blocks and stacks hand it up, and
     the train step adds what `losses` names, each by its own weight.
+
+    !!! example
+
+        ```python
+        class Routing(AbstractAux):
+            load: Float[Array, " experts"]
+
+            def losses(self):
+                return {"balance": jnp.var(self.load)}
+        ```
     """
 
     @abc.abstractmethod
@@ -29,6 +39,15 @@ class AbstractSequenceMixer(eqx.Module):
     differs from that of the previous valid token; nothing crosses that boundary, and
     the packed result equals that of the separate documents. A negative id is
     padding, left, right or between: it changes no state and its output is zero.
+
+    !!! example
+
+        ```python
+        y, cache = mixer.prefill(x, mixer.init_cache((2,)))
+        for _ in range(3):                     # y_t is (*batch, d_out)
+            y_t, cache = mixer.step(x_t, cache)
+        packed = mixer(x, segment_ids=jnp.array([[0, 0, 1, 1, -1]] * 2))
+        ```
     """
 
     @abc.abstractmethod

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
-from ..internal import accumulate, check_last_axis, check_positive
+from ..internal import accumulate, check_last_axis, check_positive, check_size
 
 
 class RMSNorm(eqx.Module):
@@ -14,6 +14,12 @@ class RMSNorm(eqx.Module):
     Zhang and Sennrich, *Root Mean Square Layer Normalization*, arXiv 1910.07467.
     Computed in float32 or wider, returned in the dtype of the input. A zero input
     gives zeros with finite gradients.
+
+    !!! example
+
+        ```python
+        y = RMSNorm(64)(x)                             # (*batch, 64), any dtype
+        ```
     """
 
     weight: Float[Array, " {self.d_model}"] | None
@@ -38,7 +44,7 @@ class RMSNorm(eqx.Module):
 
         `ValueError` if `d_model` or `eps` is not positive.
         """
-        check_positive("d_model", d_model)
+        check_size("d_model", d_model)
         check_positive("eps", eps)
         dtype = jnp.float32 if dtype is None else dtype
         self.weight = jnp.ones((d_model,), dtype) if use_weight else None
@@ -79,6 +85,12 @@ class LayerNorm(eqx.Module):
     Ba, Kiros and Hinton, *Layer Normalization*, arXiv 1607.06450. Computed in float32
     or wider, returned in the dtype of the input. A constant input gives the bias with
     finite gradients.
+
+    !!! example
+
+        ```python
+        y = LayerNorm(64)(x)                           # (*batch, 64), any dtype
+        ```
     """
 
     weight: Float[Array, " {self.d_model}"] | None
@@ -106,7 +118,7 @@ class LayerNorm(eqx.Module):
 
         `ValueError` if `d_model` or `eps` is not positive.
         """
-        check_positive("d_model", d_model)
+        check_size("d_model", d_model)
         check_positive("eps", eps)
         dtype = jnp.float32 if dtype is None else dtype
         self.weight = jnp.ones((d_model,), dtype) if use_weight else None

@@ -16,6 +16,13 @@ def aux_losses(aux: PyTree) -> dict[str, Float[Array, ""]]:
     **Returns:**
 
     Loss by name, empty if no layer has one.
+
+    !!! example
+
+        ```python
+        output = model.forward(tokens)
+        penalty = sum(aux_losses(output.aux).values())
+        ```
     """
     nodes = jax.tree.leaves(aux, is_leaf=lambda node: isinstance(node, AbstractAux))
     total: dict[str, Float[Array, ""]] = {}

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
-from ..internal import check_probability, split_or_none
+from ..internal import check_probability, split_or_none, zero_padding
 from ..layers import AbstractSequenceMixer, Dropout, RMSNorm
 
 
@@ -16,6 +16,13 @@ class ResidualBlock(eqx.Module):
     Xiong et al., *On Layer Normalization in the Transformer Architecture*, arXiv
     2002.04745. Norm and dropout act on each token, so the block streams as its mixer
     does.
+
+    !!! example
+
+        ```python
+        block = ResidualBlock(Mamba(64, key=jax.random.key(0)), 64)
+        y, aux = block(x)                              # aux: what the mixer reports
+        ```
     """
 
     norm: RMSNorm
@@ -72,7 +79,8 @@ class ResidualBlock(eqx.Module):
         not keep the width.
         """
         mixer_key, dropout_key = split_or_none(key, 2)
-        out = self.mixer(self.norm(x), segment_ids=segment_ids, key=mixer_key)
+        seen = self.norm(zero_padding(x, segment_ids))
+        out = self.mixer(seen, segment_ids=segment_ids, key=mixer_key)
         y, aux = out if isinstance(out, tuple) else (out, None)
         return _add(x, self.dropout(y, key=dropout_key)), aux
 
@@ -90,7 +98,8 @@ class ResidualBlock(eqx.Module):
         segment_ids: Int[Array, "*batch seq"] | None = None,
     ) -> tuple[Float[Array, "*batch seq d_model"], Any]:
         """See `AbstractSequenceMixer.prefill`; there is no dropout."""
-        y, cache = self.mixer.prefill(self.norm(x), cache, segment_ids=segment_ids)
+        seen = self.norm(zero_padding(x, segment_ids))
+        y, cache = self.mixer.prefill(seen, cache, segment_ids=segment_ids)
         return _add(x, y), cache
 
     def step(

@@ -12,7 +12,11 @@ from ._language_model import LanguageModel
 
 
 class Cost(NamedTuple):
-    """What a part of a model takes: numbers, bytes, operations a token."""
+    """What a part of a model takes.
+
+    `parameters` counts numbers, `parameter_bytes` and `state_bytes` bytes, the latter
+    of one sequence, and `flops` operations a token of the forward pass.
+    """
 
     name: str
     parameters: int
@@ -41,6 +45,13 @@ def model_cost(model: LanguageModel) -> list[Cost]:
     **Raises:**
 
     `ValueError` for a layer whose work is not known.
+
+    !!! example
+
+        ```python
+        *parts, total = model_cost(model)
+        print(total.parameters, total.state_bytes, total.flops)
+        ```
     """
     blocks = model.stack.blocks
     rows = [_cost("embedding", model.embedding, None, 0)]

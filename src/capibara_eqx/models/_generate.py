@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
 
-from ..internal import accumulate, check_positive, check_segment_ids
+from ..internal import accumulate, check_ids, check_segment_ids, check_size
 from ._language_model import LanguageModel
 
 
@@ -64,7 +64,8 @@ def generate(
         print(bytes(out.tokens[0].tolist()))
         ```
     """
-    check_positive("max_new_tokens", max_new_tokens)
+    check_size("max_new_tokens", max_new_tokens)
+    check_ids("generate", "prompt", prompt)
     if prompt.ndim < 1 or prompt.shape[-1] == 0:
         raise ValueError(
             "generate: `prompt` must hold at least one token a row, got shape "
@@ -74,7 +75,7 @@ def generate(
     if not temperature >= 0:  # so that NaN is refused too
         raise ValueError(f"`temperature` must be 0 or greater, got {temperature}.")
     if top_k is not None:
-        check_positive("top_k", top_k)
+        check_size("top_k", top_k)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}.")
     if stop_token is not None and stop_token < 0:

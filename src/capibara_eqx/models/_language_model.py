@@ -2,9 +2,10 @@ from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Integer, PRNGKeyArray, PyTree
 
-from ..internal import check_positive, check_segment_ids
+from ..internal import check_ids, check_segment_ids, check_size
 from ..layers import Embedding, Linear, RMSNorm
 from ._block import ResidualBlock
 from ._stack import Stack
@@ -65,8 +66,8 @@ class LanguageModel(eqx.Module):
 
         `ValueError` for sizes that are not positive, and what `Stack` raises.
         """
-        check_positive("vocab_size", vocab_size)
-        check_positive("d_model", d_model)
+        check_size("vocab_size", vocab_size)
+        check_size("d_model", d_model)
         embedding_key, head_key = jax.random.split(key)
         self.embedding = Embedding(vocab_size, d_model, dtype, key=embedding_key)
         self.stack = Stack(blocks, scan=scan, remat=remat)
@@ -119,8 +120,7 @@ class LanguageModel(eqx.Module):
 
         `ModelOutput(logits, aux)`; `aux` has no arrays where no layer reports any.
         """
-        self._check_tokens(tokens, segment_ids)
-        x = self.embedding(tokens)
+        x = self._embed(tokens, segment_ids)
         x, aux = self.stack(x, segment_ids=segment_ids, key=key)
         return ModelOutput(self._scores(x), aux)
 
@@ -161,10 +161,8 @@ class LanguageModel(eqx.Module):
 
         `ValueError` for tokens or a cache that do not fit.
         """
-        self._check_tokens(tokens, segment_ids)
-        x, cache = self.stack.prefill(
-            self.embedding(tokens), cache, segment_ids=segment_ids
-        )
+        x = self._embed(tokens, segment_ids)
+        x, cache = self.stack.prefill(x, cache, segment_ids=segment_ids)
         return self._scores(x), cache
 
     @jax.named_scope("capibara_eqx.models.LanguageModel.step")
@@ -186,6 +184,7 @@ class LanguageModel(eqx.Module):
 
         `ValueError` for a cache that does not fit.
         """
+        check_ids("LanguageModel.step", "token", token)
         x, cache = self.stack.step(self.embedding(token), cache)
         return self._scores(x), cache
 
@@ -193,10 +192,15 @@ class LanguageModel(eqx.Module):
         x = self.norm(x)
         return self.embedding.attend(x) if self.head is None else self.head(x)
 
-    def _check_tokens(self, tokens, segment_ids):
+    def _embed(self, tokens, segment_ids):
+        check_ids("LanguageModel", "tokens", tokens)
         if tokens.ndim < 1 or tokens.shape[-1] == 0:
             raise ValueError(
                 "LanguageModel: `tokens` must be a sequence (*batch, seq >= 1), got "
                 f"shape {tokens.shape}. Pass a single token to `step`."
             )
         check_segment_ids("LanguageModel", segment_ids, tokens.shape)
+        if segment_ids is not None:
+            # Whatever number marks padding need not be an id.
+            tokens = jnp.where(segment_ids >= 0, tokens, jnp.zeros_like(tokens))
+        return self.embedding(tokens)

@@ -5,7 +5,7 @@ import equinox as eqx
 import jax
 from jaxtyping import DTypeLike, PRNGKeyArray
 
-from ..internal import check_positive
+from ..internal import check_size
 from ..layers import Mamba
 from ._block import ResidualBlock
 from ._language_model import LanguageModel
@@ -54,7 +54,7 @@ def mamba_language_model(
         model = mamba_language_model(256, 64, 2, d_state=16, key=jax.random.key(0))
         ```
     """
-    check_positive("n_layers", n_layers)
+    check_size("n_layers", n_layers)
     model_key, *keys = jax.random.split(key, n_layers + 1)
     blocks = []
     for block_key in keys:

@@ -25,6 +25,16 @@ class Stack(eqx.Module):
     layer axis and one compiled block runs over them, so that compile time does not
     grow with depth. The caches of a scanned stack travel in the carry of the loop and
     are updated in place.
+
+    !!! example
+
+        ```python
+        keys = jax.random.split(jax.random.key(0), 8)
+        blocks = [ResidualBlock(Mamba(64, key=key), 64) for key in keys]
+        stack = Stack(blocks, scan=True, remat="full")
+        y, aux = stack(x)                              # (*batch, seq, 64)
+        y, caches = stack.prefill(x, stack.init_cache((2,)))
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...] | ResidualBlock

@@ -1,0 +1,70 @@
+"""Every public name of the library shows an example, and the examples run."""
+
+import inspect
+import re
+import textwrap
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jaxtyping import Array, Float
+
+from capibara_eqx import kernels, layers, models
+
+
+PUBLIC = {
+    name: getattr(module, name)
+    for module in (kernels, layers, models)
+    for name in dir(module)
+    if not name.startswith("_") and not inspect.ismodule(getattr(module, name))
+}
+# What functions return is shown by the functions.
+RESULTS = ("Conv1DCache", "MambaCache", "Cost", "Generation", "ModelOutput")
+
+
+def sequences(*widths: int) -> list[Array]:
+    keys = jax.random.split(jax.random.key(0), len(widths))
+    return [
+        jax.random.normal(k, (2, 5, width))
+        for k, width in zip(keys, widths, strict=True)
+    ]
+
+
+def surroundings() -> dict[str, Any]:
+    """What the examples take as given."""
+    key = jax.random.key(0)
+    u, delta, B, C = sequences(3, 3, 2, 2)
+    x, a = sequences(64, 64)
+    return {
+        **{
+            "jax": jax,
+            "jnp": jnp,
+            "eqx": eqx,
+            "optax": optax,
+            "Array": Array,
+            "Float": Float,
+        },
+        **PUBLIC,
+        **{"u": u, "u2": u, "delta": delta, "delta2": delta, "A": -jnp.ones((3, 2))},
+        **{"B": B, "B2": B, "C": C, "C2": C, "key": key},
+        **{"x": x, "x2": x, "x_t": x[:, 0], "a": a, "a2": a},
+        "weight": jnp.ones((64, 1, 4)),
+        "tokens": jnp.zeros((2, 5), "int32"),
+        "mixer": layers.Mamba(64, key=key),
+        "model": models.mamba_language_model(256, 64, 1, key=key),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - set(RESULTS)))
+def test_the_example_runs(name):
+    text = inspect.getdoc(PUBLIC[name])
+    assert text, f"{name} has no docstring"
+    examples = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert examples, f"{name} shows no example"
+    assert "!!! example" in text
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for example in examples:
+            exec(textwrap.dedent(example), surroundings())
