@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.messages import refused
 
 from capibara_eqx.layers import Linear
 from capibara_eqx.train import learning_rate_at, make_optimizer, set_learning_rate
@@ -91,7 +92,9 @@ def test_rate_zero_until_it_is_set(getkey):
     ("arguments", "name"),
     [
         ({"progress": -0.1, "peak": 1.0}, "progress"),
+        ({"progress": float("nan"), "peak": 1.0}, "progress"),
         ({"progress": 0.5, "peak": 0.0}, "peak"),
+        ({"progress": 0.5, "peak": float("inf")}, "peak"),
         ({"progress": 0.5, "peak": 1.0, "warmup_fraction": 1.5}, "warmup_fraction"),
         ({"progress": 0.5, "peak": 1.0, "final_fraction": -1.0}, "final_fraction"),
     ],
@@ -99,3 +102,27 @@ def test_rate_zero_until_it_is_set(getkey):
 def test_schedule_errors(arguments, name):
     with pytest.raises(ValueError, match=f"`{name}`"):
         learning_rate_at(arguments.pop("progress"), **arguments)
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("weight_decay", -1.0, ["0 or greater", "-1.0"]),
+        ("weight_decay", float("inf"), ["finite", "inf"]),
+        ("clip_norm", -1.0, ["positive", "-1.0", "None"]),
+        ("clip_norm", 0.0, ["positive", "0.0"]),
+        ("clip_norm", float("nan"), ["finite", "nan"]),
+        ("b1", 2.0, ["below 1", "2.0"]),
+        ("b1", -0.1, ["0 or greater", "-0.1"]),
+        ("b2", -1.0, ["0 or greater", "-1.0"]),
+        ("b2", 1.0, ["below 1", "1.0"]),
+        ("b2", "0.9", ["a number", "'0.9'"]),
+        ("eps", -1.0, ["positive", "-1.0"]),
+        ("eps", 0.0, ["positive", "0.0"]),
+        ("eps", True, ["a number", "True"]),
+    ],
+)
+def test_optimizer_errors(name, value, words):
+    with refused(f"`{name}` must", *words):
+        make_optimizer(**{name: value})

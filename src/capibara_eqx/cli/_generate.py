@@ -3,6 +3,7 @@ import argparse
 import jax
 import jax.numpy as jnp
 
+from ..internal import check_seed, check_size
 from ..models import generate
 from ..train import RunFolder, load_model
 from ._console import Console
@@ -15,6 +16,8 @@ def run_generate(arguments: argparse.Namespace) -> int:
     prompt = list(arguments.prompt.encode())
     if not prompt:
         raise ValueError("`--prompt` must hold at least one character.")
+    check_size("--max-new-bytes", arguments.max_new_bytes)
+    check_seed("--seed", arguments.seed)
     run, config = RunFolder.open(arguments.run)
     model = load_model(run, config)
     stop = arguments.stop_byte

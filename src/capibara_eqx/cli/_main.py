@@ -8,7 +8,7 @@ from ..train import NonFiniteLossError
 from ._console import fail
 from ._generate import run_generate
 from ._info import run_info
-from ._settings import add_settings
+from ._settings import add_settings, byte_or_none
 from ._train import run_train
 
 
@@ -93,16 +93,35 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="run folder")
-    parser.add_argument("--prompt", default="def ", help="text to continue")
-    parser.add_argument("--max-new-bytes", type=int, default=200, metavar="N")
+    parser.add_argument(
+        "--prompt", default="def ", help="text to continue (default: 'def ')"
+    )
+    parser.add_argument(
+        "--max-new-bytes",
+        type=int,
+        default=200,
+        metavar="N",
+        help="most bytes to add (default: 200)",
+    )
     parser.add_argument("--greedy", action="store_true", help="always the best byte")
-    parser.add_argument("--temperature", type=float, default=0.7, metavar="T")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="above 1 more varied, below 1 less (default: 0.7)",
+    )
     parser.add_argument("--top-k", type=int, metavar="K", help="of the K best only")
     parser.add_argument(
         "--top-p", type=float, metavar="P", help="of the smallest set of probability P"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     parser.add_argument(
-        "--stop-byte", type=int, default=0, metavar="BYTE", help="ends the text"
+        "--stop-byte",
+        type=byte_or_none,
+        default=0,
+        metavar="BYTE|none",
+        help="ends the text, 0 to 255; none: always N bytes (default: 0, which "
+        "stands between the files of a corpus)",
     )
     parser.set_defaults(run_command=run_generate)

@@ -11,7 +11,8 @@ def add_settings(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> N
     for field in dataclasses.fields(RunConfig):
         kinds = types[field.name]
         default = defaults.get(field.name, field.default)
-        text = f"{field.metadata['help']} (default: {default})"
+        shown = "none" if default is None else default
+        text = f"{field.metadata['help']} (default: {shown})"
         flag = "--" + field.name.replace("_", "-")
         if bool in kinds:
             parser.add_argument(
@@ -36,6 +37,17 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in names}
 
 
+def byte_or_none(text: str) -> int | None:
+    """The value of a flag that names a byte, 0 to 255, or `none`."""
+    if text == "none":
+        return None
+    if text.isascii() and text.isdecimal() and int(text) < 256:
+        return int(text)
+    raise argparse.ArgumentTypeError(
+        f"expected a byte, 0 to 255, or none for no such byte, got {text!r}"
+    )
+
+
 def _parser(name, kinds):
     def parse(text: str) -> Any:
         if text == "none" and type(None) in kinds:
@@ -58,4 +70,5 @@ def _parser(name, kinds):
 
 def _metavar(kinds) -> str:
     names = {int: "INT", float: "NUMBER", str: "TEXT"}
-    return "|".join(names[kind] for kind in names if kind in kinds)
+    words = [names[kind] for kind in names if kind in kinds]
+    return "|".join(words + ["none"] * (type(None) in kinds))

@@ -1,12 +1,27 @@
 import math
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from ..internal import check_positive, check_probability
+from ..internal import check_probability, check_range
 from ..layers import weight_decay_mask
+
+
+# What `make_optimizer` takes, as keywords of `check_range`.
+OPTIMIZER_BOUNDS: dict[str, dict[str, Any]] = {
+    "weight_decay": {"least": 0, "hint": "0 does not decay."},
+    "clip_norm": {
+        "above": 0,
+        "hint": "Give None (none on the command line) not to clip.",
+    },
+    "b1": {"least": 0, "below": 1, "hint": "Common are 0.9 to 0.95."},
+    "b2": {"least": 0, "below": 1, "hint": "Common are 0.95 to 0.999."},
+    # Where a gradient has always been zero, 0 would divide zero by zero.
+    "eps": {"above": 0, "hint": "Common is 1e-8."},
+}
 
 
 def learning_rate_at(
@@ -41,12 +56,13 @@ def learning_rate_at(
 
     **Raises:**
 
-    `ValueError` for a negative progress, or fractions outside [0, 1].
+    `ValueError` for a negative progress, a peak that is not positive, or fractions
+    outside [0, 1].
     """
-    check_positive("peak", peak)
+    check_range("peak", peak, above=0)
     check_probability("warmup_fraction", warmup_fraction)
     check_probability("final_fraction", final_fraction)
-    if progress < 0:
+    if not progress >= 0:  # so that NaN is refused too
         raise ValueError(f"`progress` must be 0 or greater, got {progress}.")
     if progress < warmup_fraction:
         return peak * progress / warmup_fraction
@@ -79,7 +95,17 @@ def make_optimizer(
     **Returns:**
 
     An `optax.GradientTransformation`.
+
+    **Raises:**
+
+    `ValueError` for a number that is not finite, a negative `weight_decay`, a
+    `clip_norm` or `eps` that is not positive, or `b1`, `b2` outside [0, 1).
     """
+    values = {"weight_decay": weight_decay, "b1": b1, "b2": b2, "eps": eps}
+    if clip_norm is not None:
+        values["clip_norm"] = clip_norm
+    for name, value in values.items():
+        check_range(name, value, **OPTIMIZER_BOUNDS[name])
 
     def build(learning_rate):
         adamw = optax.adamw(
