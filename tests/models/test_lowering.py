@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from support.tolerances import assert_close
 
 from capibara_eqx.models import mamba_language_model
@@ -31,7 +32,7 @@ def gradient_of_a_model():
 def test_a_gradient_lowers(platforms):
     function, arrays = gradient_of_a_model()
     tokens = jax.ShapeDtypeStruct((ROWS, 40), jnp.int32)
-    exported = jax.export.export(function, platforms=platforms)(arrays, tokens)
+    exported = export.export(function, platforms=platforms)(arrays, tokens)
     assert exported.platforms == platforms
     assert len(exported.out_avals) == 1 + len(jax.tree.leaves(arrays))
 
@@ -39,7 +40,7 @@ def test_a_gradient_lowers(platforms):
 def test_what_was_exported_computes_the_same():
     function, arrays = gradient_of_a_model()
     tokens = np.random.default_rng(0).integers(0, 11, (ROWS, 40)).astype("int32")
-    exported = jax.export.export(function, platforms=PLATFORMS)(arrays, tokens)
+    exported = export.export(function, platforms=PLATFORMS)(arrays, tokens)
     got, want = exported.call(arrays, tokens), function(arrays, tokens)
     for leaf, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert_close(leaf, other, dtype="float32", length=tokens.size)
