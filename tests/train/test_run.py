@@ -75,7 +75,7 @@ def test_forty_steps_equal_twenty_and_twenty(tmp_path, changes):
 def test_metrics_after_the_checkpoint_are_forgotten(tmp_path):
     run = RunFolder.create(tmp_path / "run", tiny_config())
     for step in (10, 20, 30):
-        run.append_metrics({"step": step, "loss": float(step)})
+        run.append_metrics({"step": step, "bits_per_byte": 1.5, "elapsed": 2.0})
     with run.metrics_path.open("a") as file:
         file.write('{"step": 40, "lo')  # killed while writing
     run.rewind_metrics(20)
@@ -276,20 +276,6 @@ class TestErrors:
             checkpoints.save(1, {"a": jnp.zeros(2)}, {})
             with pytest.raises(CheckpointError, match="of another model.*'a'"):
                 checkpoints.restore({"a": jnp.zeros(3)})
-
-    def test_full_disk(self, tmp_path, monkeypatch):
-        with Checkpointer(tmp_path / "c") as checkpoints:
-            checkpoints.save(1, {"a": jnp.zeros(2)}, {})
-
-            def full(*args, **kwargs):
-                raise OSError(28, "No space left on device")
-
-            monkeypatch.setattr(checkpoints._manager, "save", full)
-            with pytest.raises(CheckpointError, match="disk is full.*step 1 is kept"):
-                checkpoints.save(2, {"a": jnp.zeros(2)}, {})
-            monkeypatch.undo()
-            restored, _ = checkpoints.restore({"a": jnp.ones(2)})
-        assert not restored["a"].any()
 
     @pytest.mark.parametrize(
         ("changes", "message"),

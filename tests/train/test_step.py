@@ -129,17 +129,39 @@ def test_aux_losses_reach_the_objective(getkey, scan):
     model = LanguageModel(11, 8, blocks, scan=scan, key=getkey())
     optimizer = optax.sgd(1.0)
     batch = _batch()
-    output = model.forward(jnp.asarray(batch[:, :-1]))
-    expected = sum(float(jnp.mean(aux.load**2)) for aux in output.aux)
 
+    @eqx.filter_value_and_grad
+    def balance(model):
+        output = model.forward(jnp.asarray(batch[:, :-1]))
+        return sum(jnp.mean(aux.load**2) for aux in output.aux)
+
+    expected, gradient = balance(model)
     moved = []
     for weights in ({}, {"balance": 3.0}):
         copy = jax.tree.map(lambda x: jnp.copy(x) if eqx.is_array(x) else x, model)
         step = make_train_step(optimizer, aux_weights=weights)
         state, metrics = step(init_train_state(copy, optimizer), batch)
-        assert float(metrics["balance"]) == pytest.approx(expected, rel=1e-5)
+        assert float(metrics["balance"]) == pytest.approx(float(expected), rel=1e-5)
         moved.append(state.model.embedding.weight)
-    assert not np.array_equal(moved[0], moved[1])
+    # SGD at rate 1 takes the gradient of what the weight adds to the objective.
+    change = np.asarray(moved[1] - moved[0])
+    wanted = -3 * np.asarray(gradient.embedding.weight)
+    assert np.abs(wanted).max() > 1e-4
+    np.testing.assert_allclose(change, wanted, atol=1e-2 * np.abs(wanted).max())
+
+
+def test_buffers_of_the_state_are_reused():
+    optimizer = optax.adam(0.1)
+    before = init_train_state(_model(), optimizer)
+    leaves = [leaf for leaf in jax.tree.leaves(before) if eqx.is_array(leaf)]
+    batch = jnp.asarray(_batch())
+    after, _ = make_train_step(optimizer)(before, batch)
+    assert all(leaf.is_deleted() for leaf in leaves)
+    # What is not part of the state is left to its owner.
+    assert not batch.is_deleted()
+    assert not any(
+        leaf.is_deleted() for leaf in jax.tree.leaves(after) if eqx.is_array(leaf)
+    )
 
 
 @pytest.mark.errors

@@ -1,5 +1,4 @@
 import argparse
-import json
 
 from ..models import model_cost
 from ..train import RunFolder, build_model
@@ -11,8 +10,8 @@ def run_info(arguments: argparse.Namespace) -> int:
     console = Console()
     run, config = RunFolder.open(arguments.run)
     show_cost(console, model_cost(build_model(config)))
-    if run.summary_path.exists():
-        summary = json.loads(run.summary_path.read_text(encoding="utf-8"))
+    summary = run.read_summary()
+    if summary is not None:
         show_references(
             console, summary["heldout_bits_per_byte"], summary["references"]
         )

@@ -1,4 +1,6 @@
 import argparse
+import dataclasses
+import os
 import time
 from typing import Any
 
@@ -37,16 +39,11 @@ def run_train(arguments: argparse.Namespace) -> int:
     """`capibara train` and `capibara demo`."""
     console = Console()
     given = given_settings(arguments)
+    if given.get("text") is not None:
+        # It is noted in the run folder, to be found from any working directory.
+        given["text"] = os.path.abspath(given["text"])
     if arguments.resume is not None:
-        run, config = RunFolder.open(arguments.resume)
-        run.check_config(config, given)
-        if run.summary_path.exists():
-            raise ValueError(
-                f"The run in {run.path} is finished: summary.json is there. Start a "
-                "new one with --out, or sample from it with "
-                f"`capibara generate {run.path}`."
-            )
-        corpus = _read(config)
+        run, config, corpus = _resume(console, arguments.resume, given)
     else:
         defaults = dict(arguments.defaults)
         if "steps" in given:
@@ -56,9 +53,39 @@ def run_train(arguments: argparse.Namespace) -> int:
         eqx.filter_eval_shape(build_model, config)
         corpus = _read(config)
         out = arguments.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        run = RunFolder.create(out, config)
+        run = RunFolder.create(out, config, _describe_corpus(corpus))
     console.say(f"Run folder: {run.path}")
-    return _run(console, run, config, corpus)
+    resumed = arguments.resume is not None
+    return _run(console, run, config, corpus, resumed=resumed)
+
+
+def _resume(
+    console: Console, path: str, given: dict[str, Any]
+) -> tuple[RunFolder, RunConfig, Corpus]:
+    run, config = RunFolder.open(path)
+    # The text may have moved since: that it is the same one is seen by its hash.
+    text = given.pop("text", config.text)
+    run.check_config(config, given)
+    if run.summary_path.exists():
+        raise ValueError(
+            f"The run in {run.path} is finished: summary.json is there. Start a "
+            "new one with --out, or sample from it with "
+            f"`capibara generate {run.path}`."
+        )
+    config = dataclasses.replace(config, text=text)
+    try:
+        corpus = _read(config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"The text of the run in {run.path} is gone: {error} If it has moved, say "
+            "with --text where it is now."
+        ) from error
+    if not run.check_text(_describe_corpus(corpus)):
+        console.say(
+            f"{run.text_path} is missing, so whether this is the text that the run "
+            "began with cannot be checked; it is noted now."
+        )
+    return run, config, corpus
 
 
 def _read(config: RunConfig) -> Corpus:
@@ -72,7 +99,14 @@ def _read(config: RunConfig) -> Corpus:
     )
 
 
-def _run(console: Console, run: RunFolder, config: RunConfig, corpus: Corpus) -> int:
+def _run(
+    console: Console,
+    run: RunFolder,
+    config: RunConfig,
+    corpus: Corpus,
+    *,
+    resumed: bool,
+) -> int:
     console.say(
         f"Text: {corpus.source}, {corpus.files} files, {corpus.train.size:,} bytes to "
         f"train on, {corpus.heldout.size:,} held out in {corpus.heldout_files} files; "
@@ -81,7 +115,12 @@ def _run(console: Console, run: RunFolder, config: RunConfig, corpus: Corpus) ->
     trainer = Trainer(config, corpus)
     show_cost(console, model_cost(trainer.init_state().model))
     references = reference_bits_per_byte(corpus.train, corpus.heldout)
-    with run.checkpoints() as checkpoints:
+    with run.checkpoints(warn=console.say) as checkpoints:
+        if resumed and checkpoints.latest_step() is None:
+            console.say(
+                f"There is no checkpoint in {run.checkpoints_path} yet: the run begins "
+                "again at step 0."
+            )
         try:
             with interrupts() as should_stop, console.progress("Training") as bar:
                 console.say("Compiling the training step ...")

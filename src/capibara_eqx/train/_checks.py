@@ -29,12 +29,13 @@ def cached_logits_error(
 ) -> tuple[float, float]:
     r"""How far the logits from the cache are from those of the full forward pass.
 
-    The first half of `tokens` is read at once, the rest one by one.
+    The first half of `tokens` is read at once, the rest one by one; of one token
+    nothing is left to read so.
 
     **Arguments:**
 
     - `model`: in float32.
-    - `tokens`: at least two ids.
+    - `tokens`: at least one id.
 
     **Returns:**
 
@@ -43,7 +44,7 @@ def cached_logits_error(
     text, so $\sqrt{n}$ roundings of the largest logit, times 8 for the layers between.
     """
     batch = jnp.asarray(tokens, jnp.int32)[None]
-    error, scale = _both_ways(model, batch, tokens.size // 2)
+    error, scale = _both_ways(model, batch, max(tokens.size // 2, 1))
     rounding = float(jnp.finfo(jnp.float32).eps)
     tolerance = 8 * float(np.sqrt(tokens.size)) * rounding * max(float(scale), 1.0)
     return float(error), tolerance

@@ -3,7 +3,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from ._checkpoint import Checkpointer
+from ._checkpoint import Checkpointer, CheckpointError
 from ._run import RunFolder
 from ._step import TrainState
 from ._trainer import Trainer
@@ -38,7 +38,7 @@ class Progress(NamedTuple):
 
 
 class TrainResult(NamedTuple):
-    """The end of a run; `elapsed` leaves compiling out."""
+    """The end of a run; times are of the whole run and leave compiling out."""
 
     state: TrainState
     step: int
@@ -76,13 +76,16 @@ def train(
 
     `NonFiniteLossError`, with the last good checkpoint left as it is; `Interrupted`
     after a checkpoint if `should_stop` says so; `CheckpointError` if one cannot be
-    written.
+    written, or those that were written are gone; `ValueError` if metrics.jsonl is
+    damaged.
     """
     state = trainer.init_state()
     start, before = 0, 0.0
     if checkpoints.latest_step() is not None:
         state, meta = checkpoints.restore(state)
         start, before = int(meta["step"]), float(meta["elapsed"])
+    else:
+        _check_none_is_lost(trainer, run)
     run.rewind_metrics(start)
     _compile(trainer, start)
     clock = _Clock(trainer, before)
@@ -103,8 +106,22 @@ def train(
     log.flush()
     elapsed = clock.elapsed()
     checkpoints.save(step, state, {"step": step, "elapsed": elapsed})
-    rate = (step - start) * trainer.tokens_per_step / max(elapsed - before, 1e-9)
+    # Of the whole run: one resumed at its end takes no step of its own.
+    rate = step * trainer.tokens_per_step / max(elapsed, 1e-9)
     return TrainResult(state, step, elapsed, rate)
+
+
+def _check_none_is_lost(trainer: Trainer, run: RunFolder) -> None:
+    """A run that got past its first checkpoint is not begun again in silence."""
+    metrics = run.read_metrics()
+    reached = metrics[-1]["step"] if metrics else 0
+    every = trainer.config.checkpoint_every
+    if reached > every:
+        raise CheckpointError(
+            f"There is no checkpoint in {run.checkpoints_path}, but metrics.jsonl goes "
+            f"to step {reached} and one was written every {every} steps: they were "
+            "deleted or moved. Put them back, or start a new run with --out."
+        )
 
 
 def _compile(trainer: Trainer, number: int) -> None:

@@ -2,6 +2,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..internal import require_extra
+from ._files import writing
 
 
 def plot_loss(
@@ -10,18 +11,19 @@ def plot_loss(
     heldout_bits_per_byte: float,
     references: Mapping[str, float],
 ) -> None:
-    """Draw the loss over the bytes read, with the held-out result and the references.
+    """Draw the loss over the time, with the held-out result and the references.
 
     **Arguments:**
 
     - `path`: of the PNG.
-    - `metrics`: lines of metrics.jsonl, with `step`, `bits_per_byte`, `elapsed`.
+    - `metrics`: lines of metrics.jsonl, with `bits_per_byte` and `elapsed`.
     - `heldout_bits_per_byte`: the result after training.
     - `references`: bits a byte by name.
 
     **Raises:**
 
-    `ImportError` with the install command if matplotlib is not installed.
+    `ImportError` with the install command if matplotlib is not installed; `OSError`
+    that names `path` if it cannot be written.
     """
     require_extra("matplotlib", "train")
     from matplotlib.figure import Figure
@@ -55,7 +57,8 @@ def plot_loss(
     axes.set_ylabel("bits per byte")
     axes.set_title("Loss of the run; dotted: references on the same held-out bytes")
     axes.legend(loc="upper center")
-    figure.savefig(path, dpi=120)
+    with writing(path):
+        figure.savefig(path, dpi=120)
 
 
 def _smooth(values: Sequence[float], decay: float = 0.8) -> list[float]:

@@ -112,12 +112,14 @@ class Trainer:
 def load_model(run: RunFolder, config: RunConfig) -> LanguageModel:
     """The model of a run, from its newest checkpoint.
 
+    The folder is only read, so that the run may be in training meanwhile.
+
     **Raises:**
 
     `CheckpointError` if there is no checkpoint.
     """
     # The optimiser's state is read with it: the checkpoint is one PyTree.
     optimizer = make_optimizer(clip_norm=config.clip_norm)
-    with run.checkpoints() as checkpoints:
+    with run.checkpoints(read_only=True) as checkpoints:
         state, _ = checkpoints.restore(init_train_state(build_model(config), optimizer))
     return state.model
