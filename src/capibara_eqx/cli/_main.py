@@ -12,9 +12,8 @@ from ._settings import add_settings, byte_or_none
 from ._train import run_train
 
 
-# Where the time is 90 seconds of two cores, a step must be cheap: fewer states a
-# channel read more text (bits per byte after 30 s: 2.00 with 16, 1.86 with 4, 1.67
-# with 2 and the higher rate).
+# Where the time is 90 seconds of two cores, a step must be cheap: few states a channel
+# read more text (bits per byte after 90 s: 1.62 with 2, 1.63 with 4), at a higher rate.
 _DEMO = {"seconds": 90.0, "d_state": 2, "learning_rate": 8e-3}
 _TRAIN = {"seconds": 90.0}
 
