@@ -196,7 +196,8 @@ def test_the_caches_of_a_scanned_stack_travel_in_the_carry():
     loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan"]
     (loop,) = [eqn for eqn in loops if eqn.params["length"] == 2]
     # Nothing is stacked up: all results are the last carry, and they hold the cache.
-    assert len(loop.outvars) == loop.params["num_carry"]
+    of_one_layer = [aval.shape for aval in loop.params["jaxpr"].out_avals]
+    assert [variable.aval.shape for variable in loop.outvars] == of_one_layer
     carried = {variable.aval.shape for variable in loop.outvars}
     for leaf in jax.tree.leaves(stack.init_cache()):
         assert leaf.shape in carried
