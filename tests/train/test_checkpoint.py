@@ -203,12 +203,14 @@ def test_failed_save_says_one_sentence_and_leaves_nothing(tmp_path):
     folder = tmp_path / "c"
     done = run_python(_FULL.replace("sys.argv[1]", repr(str(folder))))
     assert done.returncode == 0, done.stdout
+    # Orbax before 0.12 says the same about its threads at every save, good or bad.
+    lines = [x for x in done.stdout.splitlines() if "_SignalingThread.join" not in x]
     # Not a line of the threads that wrote beside.
-    assert done.stdout == (
+    assert lines == [
         f"Could not write the checkpoint of step 2 to {folder}: File too large; the "
         "one of step 1 is whole, and the run can go on from it. Free some space on "
-        "that disk, then resume the run.\n"
-    )
+        "that disk, then resume the run."
+    ]
     assert {path.name for path in folder.iterdir()} == {"1", "3", "lock"}
 
 

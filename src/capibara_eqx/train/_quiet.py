@@ -1,5 +1,6 @@
 import logging
 import sys
+import warnings
 from types import TracebackType
 
 
@@ -34,6 +35,10 @@ class LateErrors:
         trace: TracebackType | None,
     ) -> None:
         if error is not None:
+            # The writes that were not begun, when Python clears them away.
+            warnings.filterwarnings(
+                "ignore", "coroutine '.*serialize.* was never awaited", RuntimeWarning
+            )
             return
         for logger in self._loggers:
             logger.removeFilter(self._keeps)
