@@ -17,7 +17,7 @@ _PLAIN = ("reference", "plain_scan")
 
 
 class _Unmeasured(Exception):
-    pass
+    """A claim's figures are not among the measurements."""
 
 
 class _Measured:

@@ -23,13 +23,6 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"{i} and then {i + 1}.\n" for i in range(600)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def finished(text, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     before = os.getcwd()

@@ -17,7 +17,7 @@ from support.layer_cases import packed_rows, seeds
 from support.mamba_oracle import ACTIVATIONS
 from support.tolerances import assert_close
 
-from capibara_eqx.layers import Conv1DBlock
+from capibara_eqx.layers import Conv1DBlock, LayerNorm, RMSNorm
 
 
 # in_channels, out_channels, kernel_size, further arguments
@@ -55,13 +55,11 @@ def compiled():
 
 def finished(block, x, y):
     """Norm, activation and residual after the convolution, in NumPy."""
-    match block.norm:
-        case None:
-            pass
-        case norm if hasattr(norm, "bias"):
-            y = oracles.layer_norm(y, norm.weight, norm.bias)
-        case norm:
-            y = oracles.rms_norm(y, norm.weight)
+    if isinstance(block.norm, LayerNorm):
+        weight, bias = np.asarray(block.norm.weight), np.asarray(block.norm.bias)
+        y = oracles.layer_norm(y, weight, bias)
+    elif isinstance(block.norm, RMSNorm):
+        y = oracles.rms_norm(y, np.asarray(block.norm.weight))
     y = ACTIVATIONS[block.activation](y)
     return oracles.wide(x) + y if block.residual else y
 
