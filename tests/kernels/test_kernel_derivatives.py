@@ -20,6 +20,7 @@ from support.kernel_cases import (
     cast,
     conv_arguments,
     loss_pair,
+    over,
     recurrence_arguments,
     scan_arguments,
     split_fixed,
@@ -28,12 +29,10 @@ from support.kernel_cases import (
 from capibara_eqx.kernels import selective_scan
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["selective_scan"])
 # The reference has no derivative rules of its own, so how its derivatives transform is
 # up to JAX alone.
-fast = pytest.mark.parametrize(
-    "implementation", [name for name in IMPLEMENTATIONS if name != "reference"]
-)
+ruled = functools.partial(over, but=("reference",))
 SCAN: dict[str, Any] = {"delta_softplus": True}
 CONV: dict[str, Any] = {"groups": 2, "dilation": 2}
 
@@ -99,63 +98,57 @@ def pair(case, implementation):
     return *loss_pair(operation, implementation, fixed, **static), point
 
 
-def over(cases):
-    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
-
-
-@both
 @over(CASES)
 def test_first_order(case, implementation):
     check_first_order(*pair(case, implementation))
 
 
-@both
 @over(LONG_CASES)
 def test_first_order_across_chunks(case, implementation):
     check_first_order(*pair(case, implementation))
 
 
-@both
 @over(BARE_CASES)
 def test_first_order_without_options(case, implementation):
     check_first_order(*pair(case, implementation))
 
 
-@fast
-@over(CASES)
+@ruled(CASES)
 def test_second_order(case, implementation):
     check_second_order(*pair(case, implementation))
 
 
-@fast
-@over(LONG_CASES)
+@ruled(LONG_CASES)
 def test_second_order_across_chunks(case, implementation):
     check_second_order(*pair(case, implementation))
 
 
-@fast
-@pytest.mark.parametrize(
-    "case",
-    [
-        ("selective_scan", scan_arguments((), 3, 1, 2, seed=9), SCAN),
-        ("linear_recurrence", recurrence_arguments((), 3, 2, seed=10), {}),
-    ],
-    ids=["selective_scan", "linear_recurrence"],
+@ruled(
+    {
+        "selective_scan": (
+            "selective_scan",
+            scan_arguments((), 3, 1, 2, seed=9),
+            SCAN,
+        ),
+        "linear_recurrence": (
+            "linear_recurrence",
+            recurrence_arguments((), 3, 2, seed=10),
+            {},
+        ),
+    }
 )
 def test_third_order(case, implementation):
     check_third_order(*pair(case, implementation))
 
 
-@fast
-@over(CASES)
+@ruled(CASES)
 def test_vmap_of_derivatives(case, implementation):
     function, oracle, point = pair(case, implementation)
     other = {name: values * 0.7 for name, values in point.items()}
     check_vmap_of_derivatives(function, oracle, [point, other])
 
 
-@fast
-@over(CASES)
+@ruled(CASES)
 def test_gradient_through_checkpoint(case, implementation):
     function, oracle, point = pair(case, implementation)
     check_gradient(jax.checkpoint(function), oracle, point)

@@ -117,7 +117,7 @@ def test_an_unknown_implementation_is_answered_with_the_nearest(operation):
     message = str(caught.value)
     assert operation in message
     assert "'referense'" in message
-    for name in IMPLEMENTATIONS:
+    for name in IMPLEMENTATIONS[operation]:
         assert name in message
     # Named once in the list and once more as the nearest.
     assert message.count("reference") == 2

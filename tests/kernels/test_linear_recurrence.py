@@ -21,7 +21,7 @@ from capibara_eqx.kernels import linear_recurrence
 from capibara_eqx.kernels._linear_recurrence.specs import TEST_SPECS
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["linear_recurrence"])
 directions = pytest.mark.parametrize("reverse", [False, True])
 
 ODD_SHAPES = [

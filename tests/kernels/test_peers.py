@@ -26,7 +26,8 @@ if not hasattr(modeling_mamba, "mamba_selective_scan"):
     )
 
 pytestmark = pytest.mark.slow
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+scans = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["selective_scan"])
+convolutions = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["causal_conv"])
 
 
 def tensors(arguments, channels_first):
@@ -44,7 +45,7 @@ def arrays(arguments) -> dict[str, Any]:
     return {name: jnp.asarray(values, "float32") for name, values in arguments.items()}
 
 
-@both
+@scans
 @pytest.mark.parametrize("options", [("D",), ("D", "z", "delta_bias")], ids=str)
 @pytest.mark.parametrize("seq", [1, 7, 65])
 def test_selective_scan_of_transformers(seq, options, implementation):
@@ -65,7 +66,7 @@ def test_selective_scan_of_transformers(seq, options, implementation):
     )
 
 
-@both
+@convolutions
 def test_causal_conv_of_transformers(implementation):
     arguments = conv_arguments((2,), 33, 5, 5, 4, groups=5, options=("bias",))
     theirs = tensors(arguments, ("x",))
@@ -76,7 +77,7 @@ def test_causal_conv_of_transformers(implementation):
     assert_close(y, want, dtype=np.float32, length=5, factor=16)
 
 
-@both
+@convolutions
 @pytest.mark.parametrize(("groups", "dilation"), [(1, 1), (2, 3), (4, 2)])
 def test_causal_conv_of_torch(groups, dilation, implementation):
     arguments = conv_arguments((2,), 33, 4, 8, 3, groups=groups, options=("bias",))

@@ -8,13 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.typing import ArrayLike
 from support import numpy_oracles as oracles
 
 from capibara_eqx.kernels import causal_conv, linear_recurrence, selective_scan
 
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
+    "selective_scan": ("reference", "xla", "cpu"),
+    "linear_recurrence": ("reference", "xla"),
+    "causal_conv": ("reference", "xla"),
+}
 Arguments = dict[str, np.ndarray]
 
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
@@ -27,6 +32,20 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
     "linear_recurrence": oracles.linear_recurrence,
     "causal_conv": oracles.causal_conv,
 }
+
+
+def over(cases: Mapping[str, Any], *, but: Sequence[str] = ()):
+    """Parametrise by `case` and `implementation`: every case by all of its operation.
+
+    `cases` are `(operation, ...)` by name; `but` are implementations left out.
+    """
+    parameters = [
+        pytest.param(case, implementation, id=f"{name}-{implementation}")
+        for name, case in cases.items()
+        for implementation in IMPLEMENTATIONS[case[0]]
+        if implementation not in but
+    ]
+    return pytest.mark.parametrize(("case", "implementation"), parameters)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Shaped
+from jax.sharding import AxisType
+from jaxtyping import Array, DTypeLike, PyTree, Shaped
 
 
 def start_of(
@@ -29,3 +31,24 @@ def start_of(
         if x is not None:
             start = start + jnp.broadcast_to(jnp.zeros_like(x, dtype), shape)
     return start
+
+
+def alike(operands: PyTree[Shaped[Array, "..."]]) -> PyTree[Shaped[Array, "..."]]:
+    """The operands of one primitive, typed alike inside `jax.shard_map`.
+
+    A primitive with a rule of its own knows one type for all that it takes: what does
+    not vary along an axis of the mesh is made to, and its cotangent is summed there.
+    """
+    if AxisType.Manual not in jax.sharding.get_abstract_mesh().axis_types:
+        return operands
+    zero = jnp.zeros((), jnp.float32)
+    for x in jax.tree.leaves(operands):
+        zero = zero + jnp.sum(jnp.zeros_like(x, jnp.float32))
+
+    def typed(x):
+        nothing = jnp.broadcast_to(zero, x.shape)
+        if x.dtype == jnp.bool_:
+            return x | (nothing != 0)
+        return x + nothing.astype(x.dtype)
+
+    return jax.tree.map(typed, operands)

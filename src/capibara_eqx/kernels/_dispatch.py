@@ -4,15 +4,12 @@ from typing import Any
 from ..internal import nearest
 
 
-# The XLA form runs on every platform; the reference is the definition.
-_DEFAULT = ("xla",)
-
-
 def dispatch(
     operation: str,
     backends: Mapping[str, Callable[..., Any]],
     implementation: str | Sequence[str] | None,
     *args: Any,
+    default: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Any:
     """Run `operation` by the first backend that can.
 
@@ -24,6 +21,8 @@ def dispatch(
     - `implementation`: `None` for the default, a name for that one alone, a sequence
         for the first of them that can.
     - `args`: passed on.
+    - `default`: what `None` stands for, tried in order; the XLA form if not given,
+        which runs on every platform.
 
     **Returns:**
 
@@ -36,7 +35,8 @@ def dispatch(
     none of several can.
     """
     if implementation is None:
-        names = _DEFAULT
+        backends = {"xla": backends["xla"]} if default is None else default
+        names = tuple(backends)
     elif isinstance(implementation, str):
         names = (implementation,)
     else:

@@ -5,10 +5,15 @@ from jaxtyping import Array, Bool, Float
 
 from .._checks import check_batch, check_shape
 from .._dispatch import dispatch
-from . import reference, xla
+from . import _backends, fused, reference, xla
 
 
-BACKENDS = {"xla": xla.selective_scan, "reference": reference.selective_scan}
+BACKENDS = {
+    **{name: fused.implementation(name) for name in _backends.NAMES},
+    "xla": xla.selective_scan,
+    "reference": reference.selective_scan,
+}
+_DEFAULT = {"fused": fused.implementation(None), "xla": xla.selective_scan}
 
 
 def selective_scan(
@@ -102,4 +107,5 @@ def selective_scan(
         BACKENDS,
         implementation,
         *(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reset),
+        default=_DEFAULT,
     )

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ...internal import accumulator_dtype
 from .._carry import start_of
+from ._operands import Operands, pack, spread
 
 
 # Long enough that the saved boundary states are few, short enough that the states of
@@ -44,52 +44,63 @@ def selective_scan(
     reset: Bool[Array, "*batch seq"] | None,
 ) -> tuple[Float[Array, "*batch seq d_inner"], Float[Array, "*batch d_inner d_state"]]:
     """`kernels.selective_scan` as a chunked, rematerialised `jax.lax.scan`."""
-    *batch, seq, d_inner = u.shape
-    d_state = A.shape[1]
-    dtype = accumulator_dtype(u.dtype, delta.dtype, A.dtype, B.dtype, C.dtype)
-    if initial_state is not None:
-        dtype = accumulator_dtype(dtype, initial_state.dtype)
+    operands = pack(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
+    y, h = scan_rows(operands, delta_softplus)
+    return y.reshape(u.shape), h.reshape(*u.shape[:-2], *A.shape)
+
+
+def scan_rows(
+    operands: Operands, softplus: bool
+) -> tuple[Float[Array, "rows seq d_inner"], Float[Array, "rows d_inner d_state"]]:
+    """The scan of all rows, `(y, final_state)`."""
+    u, delta, A, B, C, D, z, delta_bias, initial_state, reset = operands
+    rows, dtype = u.shape[0], A.dtype
+
+    def channels(weights):
+        weights = spread(weights, rows)[:, None]
+        return jnp.broadcast_to(weights, u.shape)
 
     dt = delta.astype(dtype)
     if delta_bias is not None:
-        dt = dt + jnp.broadcast_to(delta_bias.astype(dtype), dt.shape)
-    if delta_softplus:
+        dt = dt + channels(delta_bias)
+    if softplus:
         dt = jax.nn.softplus(dt)
 
-    h = start_of(
-        initial_state,
-        (*batch, d_inner, d_state),
-        dtype,
-        *(u[..., 0, :, None], dt[..., 0, :, None], A, B[..., 0, None, :]),
-        None if reset is None else reset[..., 0, None, None],
+    shape = (rows, *A.shape[1:])
+    entering = (u[:, 0, :, None], dt[:, 0, :, None], spread(A, rows), B[:, :1])
+    start = None if reset is None else reset[:, :1, None]
+    h = start_of(initial_state, shape, dtype, *entering, start)
+    # One matrix of rates for all rows stays where it is; one a row moves with its row.
+    shared = A.shape[0] == 1
+    rates = A.swapaxes(1, 2)
+    y, h = _scan_rows(
+        rates[0] if shared else None,
+        (None if shared else spread(rates, rows), u, dt, B, C, h, reset),
     )
-    rows = (u, dt, B, C, h, reset)
-    rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[len(batch) :]), rows)
-    y, h = _scan_rows(A.T.astype(dtype), rows)
-    y, h = y.reshape(u.shape), h.reshape(*batch, d_inner, d_state)
-
     if D is not None:
-        y = y + jnp.broadcast_to(D.astype(dtype), y.shape) * u.astype(dtype)
+        y = y + channels(D) * u.astype(dtype)
     if z is not None:
         y = y * jax.nn.silu(z.astype(dtype))
     return y.astype(u.dtype), h
 
 
-def _scan_rows(decay, rows):
+def _scan_rows(shared, rows):
     """`_scan_row` over the leading axis of everything in `rows`."""
 
     def one(row):
-        return _scan_row(decay, *row)
+        own, *streams = row
+        return _scan_row(shared if own is None else own, *streams)
 
-    count, seq = rows[0].shape[:2]
+    u, h = rows[1], rows[5]
+    count, seq = u.shape[:2]
     if count == 1:
         # A batch axis of one element keeps XLA's CPU backend from vectorising the step
         # (measured: 290 ms against 27 ms at 2048 tokens of 1536 channels).
         out = one(jax.tree.map(lambda x: x.reshape(x.shape[1:]), rows))
         return jax.tree.map(lambda x: x[None], out)
     # An axis that the types say is sharded can be mapped, but not walked along.
-    sharded = jax.typeof(rows[0]).sharding.spec[0] is not None
-    if seq == 1 or sharded or count * decay.size <= _UNDIVIDED:
+    sharded = jax.typeof(u).sharding.spec[0] is not None
+    if seq == 1 or sharded or h.size <= _UNDIVIDED:
         return jax.vmap(one)(rows)
     return jax.lax.platform_dependent(
         rows, cpu=functools.partial(jax.lax.map, one), default=jax.vmap(one)

@@ -1,0 +1,2 @@
+from ._library import Unavailable as Unavailable
+from ._library import handlers as handlers

@@ -1,0 +1,124 @@
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jaxlib
+
+
+HEADERS = Path(__file__).parent
+
+# Contraction to fused multiply-adds, and no care for errno, traps or the sign of zero:
+# NaN and infinities keep their meaning.
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wno-psabi",
+)
+
+# A compiler that hangs should not hang its caller for ever.
+_TIMEOUT_S = 600
+
+
+class CompileError(Exception):
+    """The compiler failed; the text is its message."""
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler of this machine, and how it is called."""
+
+    command: tuple[str, ...]
+    version: str
+
+    def key(self, source: Path) -> str:
+        """Changes with everything that the result of compiling `source` depends on."""
+        parts = [*self.command, self.version, *_FLAGS, _processor(), jaxlib.__version__]
+        digest = hashlib.sha256("\0".join(parts).encode())
+        for path in sources(source):
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+        return digest.hexdigest()[:32]
+
+    def compile(self, source: Path, target: Path) -> None:
+        """Write the shared library of `source` to `target`.
+
+        **Raises:**
+
+        `CompileError` if that fails.
+        """
+        includes = [f"-I{folder}" for folder in (HEADERS, source.parent)]
+        includes += ["-isystem", jax.ffi.include_dir()]
+        command = [*self.command, *_FLAGS, *includes, str(source), "-o", str(target)]
+        try:
+            result = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+            )
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise CompileError(f"{self.command[0]} failed: {error}") from None
+        if result.returncode != 0 or not target.exists():
+            raise CompileError(
+                f"{self.command[0]} failed with exit status {result.returncode}:\n"
+                f"{result.stderr.strip()}\nThe command was: {shlex.join(command)}"
+            )
+
+
+def sources(source: Path) -> list[Path]:
+    """`source` and the headers that it may include."""
+    headers = [*HEADERS.glob("*.h"), *source.parent.glob("*.h")]
+    return [source, *sorted(headers)]
+
+
+@functools.cache
+def find_compiler() -> Compiler | None:
+    """`$CXX` if it is set, else the first of c++, g++ and clang++ that runs."""
+    chosen = os.environ.get("CXX")
+    candidates = [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]
+    for command in candidates:
+        path = shutil.which(command[0])
+        if path is None:
+            continue
+        try:
+            version = subprocess.run(
+                [path, *command[1:], "--version"],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_TIMEOUT_S,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        # One that cannot even tell its version says why when it is to compile.
+        return Compiler((path, *command[1:]), version.stdout)
+    return None
+
+
+@functools.cache
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    parts = [platform.machine(), platform.processor()]
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        wanted = ("model name", "flags", "Features", "CPU part")
+        lines = cpuinfo.read_text(errors="replace").splitlines()
+        parts += sorted({line for line in lines if line.startswith(wanted)})
+    return "\n".join(parts)

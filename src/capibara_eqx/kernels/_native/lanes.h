@@ -1,0 +1,184 @@
+// One register of numbers, and the functions of it that the kernels need.
+//
+// The vector types are those of GCC and Clang, so that what is meant to stay in
+// registers does. They name no instruction set: the compiler maps them to whatever the
+// processor has, down to scalars.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace capibara {
+
+#if defined(__AVX512F__)
+constexpr int kRegisterBytes = 64;
+#elif defined(__AVX__)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <typename T>
+struct Number;
+
+// The polynomial is 2^f - 1 over f, for |f| <= 1/2: a minimax fit for float (relative
+// error of 2^f 9e-8), the Taylor series for double (4e-18).
+template <>
+struct Number<float> {
+  typedef float Lanes __attribute__((vector_size(kRegisterBytes)));
+  typedef int32_t Bits __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int kMantissa = 23;
+  static constexpr float kLargestExponent = 128.0f;
+  static constexpr float kSmallestExponent = -126.0f;
+  static constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: rounds by addition
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
+  static constexpr float kPolynomial[] = {0.693147f, 0.24022242f, 0.055507336f,
+                                          0.009671513f, 0.0013264727f};
+  static constexpr int kLogTerms = 8;
+};
+
+template <>
+struct Number<double> {
+  typedef double Lanes __attribute__((vector_size(kRegisterBytes)));
+  typedef int64_t Bits __attribute__((vector_size(kRegisterBytes)));
+  static constexpr int kMantissa = 52;
+  static constexpr double kLargestExponent = 1024.0;
+  static constexpr double kSmallestExponent = -1022.0;
+  static constexpr double kRounder = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
+  static constexpr double kPolynomial[] = {
+      6.9314718055994530942e-01, 2.4022650695910071233e-01, 5.5504108664821579953e-02,
+      9.6181291076284771619e-03, 1.3333558146428443423e-03, 1.5403530393381609954e-04,
+      1.5252733804059840280e-05, 1.3215486790144309488e-06, 1.0178086009239699728e-07,
+      7.0549116208011233299e-09, 4.4455382718708114976e-10, 2.5678435993488205142e-11,
+      1.3691488853904128881e-12};
+  static constexpr int kLogTerms = 17;
+};
+
+template <typename T>
+using Lanes = typename Number<T>::Lanes;
+template <typename T>
+using Bits = typename Number<T>::Bits;
+template <typename T>
+constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
+
+template <typename T>
+constexpr T kLog2e = static_cast<T>(1.44269504088896340736L);
+
+template <typename T>
+inline Lanes<T> load(const T* from) {
+  Lanes<T> x;
+  std::memcpy(&x, from, sizeof x);
+  return x;
+}
+
+template <typename T>
+inline void store(T* to, Lanes<T> x) {
+  std::memcpy(to, &x, sizeof x);
+}
+
+template <typename T>
+inline Lanes<T> all(T x) {
+  return x - Lanes<T>{};
+}
+
+template <typename T>
+inline Lanes<T> absolute(Lanes<T> x) {
+  return x < T(0) ? -x : x;
+}
+
+// `b` where `a` is NaN, so that the larger of a number and NaN is NaN if it comes last.
+template <typename T>
+inline Lanes<T> larger(Lanes<T> a, Lanes<T> b) {
+  return a > b ? a : b;
+}
+
+template <typename T>
+inline T sum(Lanes<T> x) {
+  constexpr int kHalf = kLanes<T> / 2;
+  T half[kHalf];
+  const T* p = reinterpret_cast<const T*>(&x);
+  for (int i = 0; i < kHalf; ++i) half[i] = p[i] + p[i + kHalf];
+  T total = half[0];
+  for (int i = 1; i < kHalf; ++i) total += half[i];
+  return total;
+}
+
+template <typename T>
+inline T largest(Lanes<T> x) {
+  T found = x[0];
+  for (int i = 1; i < kLanes<T>; ++i) found = found > x[i] ? found : x[i];
+  return found;
+}
+
+// 2^(fraction + whole), where `rounded` is `whole` plus the rounder.
+template <typename T>
+inline Lanes<T> scaled_power(Lanes<T> fraction, Lanes<T> rounded) {
+  using N = Number<T>;
+  constexpr int kTerms = sizeof(N::kPolynomial) / sizeof(T);
+  Lanes<T> p = all<T>(N::kPolynomial[kTerms - 1]);
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) p = p * fraction + N::kPolynomial[k];
+  p = p * fraction + T(1);
+  // The lowest bits of `rounded` are the whole number; the shift drops all others.
+  const Bits<T> exponent = (Bits<T>)rounded << N::kMantissa;
+  return (Lanes<T>)((Bits<T>)p + exponent);
+}
+
+// 2^(x y) for |x y| below the exponents' range: nothing is clamped. The product enters
+// unrounded, by fused multiply-adds.
+template <typename T>
+inline Lanes<T> exp2_of_bounded(Lanes<T> x, Lanes<T> y) {
+  using N = Number<T>;
+  const Lanes<T> rounded = x * y + N::kRounder;
+  const Lanes<T> whole = rounded - N::kRounder;
+  return scaled_power<T>(x * y - whole, rounded);
+}
+
+// 2^x for every x: zero below the normal numbers, infinite above, NaN for NaN.
+template <typename T>
+inline Lanes<T> exp2_of_any(Lanes<T> x) {
+  using N = Number<T>;
+  x = x > N::kLargestExponent ? all<T>(N::kLargestExponent) : x;
+  const Lanes<T> rounded = x + N::kRounder;
+  const Lanes<T> whole = rounded - N::kRounder;
+  const Lanes<T> power = scaled_power<T>(x - whole, rounded);
+  return x < N::kSmallestExponent ? Lanes<T>{} : power;
+}
+
+// e^x for x <= 0: the reduction is in two parts, since x is not small.
+template <typename T>
+inline Lanes<T> exp_of_negative(Lanes<T> x) {
+  using N = Number<T>;
+  const Lanes<T> rounded = x * kLog2e<T> + N::kRounder;
+  const Lanes<T> whole = rounded - N::kRounder;
+  const Lanes<T> rest = (x - whole * N::kLn2High) - whole * N::kLn2Low;
+  const Lanes<T> power = scaled_power<T>(rest * kLog2e<T>, rounded);
+  return x * kLog2e<T> < N::kSmallestExponent ? Lanes<T>{} : power;
+}
+
+// 1 / (1 + e^-x).
+template <typename T>
+inline Lanes<T> sigmoid(Lanes<T> x) {
+  const Lanes<T> e = exp_of_negative<T>(-absolute<T>(x));
+  return (x < T(0) ? e : all<T>(T(1))) / (e + T(1));
+}
+
+// log(1 + e^x) = max(x, 0) + 2 artanh(e / (2 + e)) with e = e^-|x|, by the series of
+// artanh up to an argument of 1/3.
+template <typename T>
+inline Lanes<T> softplus(Lanes<T> x) {
+  const Lanes<T> e = exp_of_negative<T>(-absolute<T>(x));
+  const Lanes<T> s = e / (e + T(2));
+  const Lanes<T> square = s * s;
+  constexpr int kTerms = Number<T>::kLogTerms;
+  Lanes<T> p = all<T>(T(1) / (2 * kTerms - 1));
+#pragma GCC unroll 16
+  for (int k = kTerms - 2; k >= 0; --k) p = p * square + T(1) / (2 * k + 1);
+  return (x < T(0) ? Lanes<T>{} : x) + (s + s) * p;
+}
+
+}  // namespace capibara
