@@ -35,6 +35,7 @@ both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["selective_scan
 ruled = functools.partial(over, but=("reference",))
 SCAN: dict[str, Any] = {"delta_softplus": True}
 CONV: dict[str, Any] = {"groups": 2, "dilation": 2}
+DEPTHWISE: dict[str, Any] = {"groups": 3, "dilation": 2}
 
 # name: (operation, arguments, static arguments). Every one has an initial state, and
 # resets or segments where the operation has them; the loss reads the final state too.
@@ -57,6 +58,11 @@ CASES = {
         {"reverse": True},
     ),
     "causal_conv": ("causal_conv", conv_arguments((2,), 8, 4, 2, 3, **CONV), CONV),
+    "depthwise_conv": (
+        "depthwise_conv",
+        conv_arguments((2,), 8, 3, 3, 3, **DEPTHWISE),
+        DEPTHWISE | {"activation": "silu"},
+    ),
 }
 # Long enough to cross the border of a chunk, with a remainder.
 LONG_CASES = {
@@ -69,6 +75,11 @@ LONG_CASES = {
         "linear_recurrence",
         recurrence_arguments((), 133, 2, seed=5),
         {},
+    ),
+    "depthwise_conv": (
+        "depthwise_conv",
+        conv_arguments((), 133, 2, 2, 3, groups=2, seed=12),
+        {"groups": 2},
     ),
 }
 # Nothing that is optional.
@@ -87,6 +98,11 @@ BARE_CASES = {
         "causal_conv",
         conv_arguments((2,), 6, 2, 3, 2, options=(), seed=8),
         {},
+    ),
+    "depthwise_conv": (
+        "depthwise_conv",
+        conv_arguments((2,), 6, 2, 2, 2, groups=2, options=(), seed=13),
+        {"groups": 2},
     ),
 }
 

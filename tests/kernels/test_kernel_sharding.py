@@ -32,6 +32,11 @@ CASES = {
         conv_arguments((2,), 8, 4, 2, 3, groups=2, dilation=2),
         {"groups": 2, "dilation": 2},
     ),
+    "depthwise_conv": (
+        "depthwise_conv",
+        conv_arguments((2,), 8, 3, 3, 3, groups=3),
+        {"groups": 3, "activation": "silu"},
+    ),
 }
 WHOLE = ("A", "D", "delta_bias", "weight", "bias")
 

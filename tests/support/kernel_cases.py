@@ -19,6 +19,8 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "selective_scan": ("reference", "xla", "cpu"),
     "linear_recurrence": ("reference", "xla"),
     "causal_conv": ("reference", "xla"),
+    # Every channel by itself, which more kernels can.
+    "depthwise_conv": ("reference", "xla", "cpu"),
 }
 Arguments = dict[str, np.ndarray]
 
@@ -26,11 +28,13 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
     "linear_recurrence": linear_recurrence,
     "causal_conv": causal_conv,
+    "depthwise_conv": causal_conv,
 }
 ORACLES: Mapping[str, Callable[..., Any]] = {
     "selective_scan": oracles.selective_scan,
     "linear_recurrence": oracles.linear_recurrence,
     "causal_conv": oracles.causal_conv,
+    "depthwise_conv": oracles.causal_conv,
 }
 
 

@@ -162,6 +162,7 @@ def causal_conv(
     weight: Array,
     bias: Array | None = None,
     *,
+    activation: str | None = None,
     dilation: int = 1,
     groups: int = 1,
     initial_state: Array | None = None,
@@ -192,6 +193,8 @@ def causal_conv(
                 history = [*history, x[(*row, t)]]
                 y[(*row, t)] = _conv_last_token(history, weight, bias, dilation, groups)
         final_state[row] = np.reshape(history[len(history) - memory :], (memory, c_in))
+    if activation == "silu":
+        y = silu(y)
     return y, final_state
 
 

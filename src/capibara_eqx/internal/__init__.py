@@ -17,3 +17,4 @@ from ._precision import promote_dtypes as promote_dtypes
 from ._segments import last_segment as last_segment
 from ._segments import segment_starts as segment_starts
 from ._segments import zero_padding as zero_padding
+from ._silu import silu as silu

@@ -232,6 +232,11 @@ class Conv1DBlock(AbstractSequenceMixer):
         y, cache = self.prefill(x[..., None, :], cache)
         return y[..., 0, :], cache
 
+    @property
+    def _fuses_silu(self) -> bool:
+        """Whether the convolution applies the activation in the same pass."""
+        return self.activation == "silu" and self.norm is None
+
     def _check_causal(self, method):
         if not self.causal:
             raise ValueError(
@@ -262,6 +267,7 @@ class Conv1DBlock(AbstractSequenceMixer):
             x,
             self.weight,
             self.bias,
+            activation="silu" if self._fuses_silu else None,
             dilation=self.dilation,
             groups=self.groups,
             initial_state=inputs,
@@ -272,7 +278,7 @@ class Conv1DBlock(AbstractSequenceMixer):
     def _finish(self, x, y, segment_ids):
         if self.norm is not None:
             y = self.norm(y)
-        if self.activation is not None:
+        if self.activation is not None and not self._fuses_silu:
             y = activate(self.activation, y)
         if self.residual:
             y = x + y

@@ -3,13 +3,19 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ...internal import check_size, segment_starts, zero_padding
+from ...internal import check_choice, check_size, segment_starts, zero_padding
+from .._backends import NAMES
 from .._checks import check_batch, check_shape
 from .._dispatch import dispatch
-from . import reference, xla
+from . import fused, reference, xla
 
 
-BACKENDS = {"xla": xla.causal_conv, "reference": reference.causal_conv}
+BACKENDS = {
+    **{name: fused.implementation(name) for name in NAMES},
+    "xla": xla.causal_conv,
+    "reference": reference.causal_conv,
+}
+_DEFAULT = {"fused": fused.implementation(None), "xla": xla.causal_conv}
 
 
 def causal_conv(
@@ -17,6 +23,7 @@ def causal_conv(
     weight: Float[Array, "c_out c_in_per_group width"],
     bias: Float[Array, " c_out"] | None = None,
     *,
+    activation: str | None = None,
     dilation: int = 1,
     groups: int = 1,
     initial_state: Float[Array, "*batch reach c_in"] | None = None,
@@ -28,8 +35,9 @@ def causal_conv(
     $$y_t = b + \sum_{k=0}^{K-1} W_k\, x_{t - (K-1-k) r}$$
 
     with width $K$ and dilation $r$, so that the last tap sees the current token and
-    none sees a later one. Inputs before the first token come from `initial_state`,
-    zeros if not given. van den Oord et al., *WaveNet*, arXiv 1609.03499.
+    none sees a later one; with an activation the result is $\mathrm{silu}(y_t)$. Inputs
+    before the first token come from `initial_state`, zeros if not given. van den Oord
+    et al., *WaveNet*, arXiv 1609.03499.
 
     Differentiable any number of times, forward and reverse; works under `jit`, `vmap`,
     `checkpoint` and inside `shard_map` over mesh axes of type Auto or Explicit.
@@ -39,6 +47,7 @@ def causal_conv(
     - `x`: input, `(*batch, seq, c_in)`, any number of batch axes.
     - `weight`: `(c_out, c_in / groups, width)`.
     - `bias`: `(c_out,)`.
+    - `activation`: `"silu"` after the bias, or `None`.
     - `dilation`: distance between taps, in tokens.
     - `groups`: channels are convolved within groups; `c_in` for a depthwise one.
     - `initial_state`: the last `reach = (width - 1) * dilation` inputs, oldest
@@ -85,23 +94,16 @@ def causal_conv(
         "(*batch, seq)",
         kind=jnp.integer,
     )
+    if activation is not None:
+        check_choice("activation", activation, ("silu",))
     history = jnp.zeros(expected, x.dtype) if initial_state is None else initial_state
 
+    def convolve(x, document):
+        arguments = (x, weight, bias, dilation, groups, history, document, activation)
+        return dispatch(name, BACKENDS, implementation, *arguments, default=_DEFAULT)
+
     if segment_ids is None:
-        y = dispatch(
-            name,
-            BACKENDS,
-            implementation,
-            x,
-            weight,
-            bias,
-            dilation,
-            groups,
-            history,
-            None,
-        )
-        inputs = jnp.concatenate([history, x.astype(history.dtype)], axis=-2)
-        return y, inputs[..., seq:, :]
+        return convolve(x, None), _last_inputs(x, history)
 
     valid = segment_ids >= 0
     # Valid tokens to the front: padding is then behind everything that is read.
@@ -109,18 +111,7 @@ def causal_conv(
     x = zero_padding(x, segment_ids)
     x = jnp.take_along_axis(x, order[..., None], axis=-2)
     document = _documents(segment_ids, order, reach)
-    y = dispatch(
-        name,
-        BACKENDS,
-        implementation,
-        x,
-        weight,
-        bias,
-        dilation,
-        groups,
-        history,
-        document,
-    )
+    y = convolve(x, document)
     state = _final_history(x, history, document, valid)
     rank = jnp.maximum(jnp.cumsum(valid, axis=-1) - 1, 0)
     y = jnp.take_along_axis(y, rank[..., None], axis=-2)
@@ -142,6 +133,18 @@ def _check_weight(name, weight, c_in, groups):
             f"{name}: `groups` = {groups} must divide the {weight.shape[0]} output "
             "channels of `weight`."
         )
+
+
+def _last_inputs(
+    x: Float[Array, "*batch seq c_in"], history: Float[Array, "*batch reach c_in"]
+) -> Float[Array, "*batch reach c_in"]:
+    """The last `reach` of the history and the inputs after it."""
+    seq, reach = x.shape[-2], history.shape[-2]
+    x = x[..., max(0, seq - reach) :, :].astype(history.dtype)
+    # With nothing of the history left in it, nothing has to be put together.
+    if seq >= reach:
+        return x
+    return jnp.concatenate([history[..., seq:, :], x], axis=-2)
 
 
 def _documents(

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -12,6 +13,7 @@ def causal_conv(
     groups: int,
     history: Float[Array, "*batch reach c_in"],
     document: Int[Array, "*batch reach_and_seq"] | None,
+    activation: str | None,
 ) -> Float[Array, "*batch seq c_out"]:
     """The definition of `kernels.causal_conv`: every window gathered, then summed."""
     *batch, seq, _ = x.shape
@@ -29,4 +31,6 @@ def causal_conv(
     y = y.reshape(*batch, seq, c_out)
     if bias is not None:
         y = y + jnp.broadcast_to(accumulate(bias), y.shape)
+    if activation == "silu":
+        y = jax.nn.silu(y)
     return y.astype(x.dtype)

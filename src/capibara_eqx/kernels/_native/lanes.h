@@ -36,7 +36,7 @@ struct Number<float> {
   static constexpr float kLn2Low = -2.12194440e-4f;
   static constexpr float kPolynomial[] = {0.693147f, 0.24022242f, 0.055507336f,
                                           0.009671513f, 0.0013264727f};
-  static constexpr int kLogTerms = 8;
+  static constexpr int kLogTerms = 7;
 };
 
 template <>
@@ -55,7 +55,7 @@ struct Number<double> {
       1.5252733804059840280e-05, 1.3215486790144309488e-06, 1.0178086009239699728e-07,
       7.0549116208011233299e-09, 4.4455382718708114976e-10, 2.5678435993488205142e-11,
       1.3691488853904128881e-12};
-  static constexpr int kLogTerms = 17;
+  static constexpr int kLogTerms = 16;
 };
 
 template <typename T>
@@ -67,6 +67,8 @@ constexpr int kLanes = kRegisterBytes / static_cast<int>(sizeof(T));
 
 template <typename T>
 constexpr T kLog2e = static_cast<T>(1.44269504088896340736L);
+template <typename T>
+constexpr T kLn2 = static_cast<T>(0.69314718055994530942L);
 
 template <typename T>
 inline Lanes<T> load(const T* from) {
@@ -78,6 +80,24 @@ inline Lanes<T> load(const T* from) {
 template <typename T>
 inline void store(T* to, Lanes<T> x) {
   std::memcpy(to, &x, sizeof x);
+}
+
+// Up to a register of numbers, zero beyond `count`.
+template <typename T>
+inline Lanes<T> load_some(const T* from, int64_t count) {
+  if (count >= kLanes<T>) return load(from);
+  Lanes<T> x{};
+  std::memcpy(&x, from, count * sizeof(T));
+  return x;
+}
+
+template <typename T>
+inline void store_some(T* to, Lanes<T> x, int64_t count) {
+  if (count >= kLanes<T>) {
+    store(to, x);
+  } else {
+    std::memcpy(to, &x, count * sizeof(T));
+  }
 }
 
 template <typename T>

@@ -11,7 +11,6 @@ Every fused backend is a module with three functions:
 import math
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ...internal import accumulator_dtype
@@ -77,10 +76,3 @@ def pack(
         *(rows(u), rows(delta), weights(A), rows(B), rows(C), weights(D), rows(z)),
         *(weights(delta_bias), rows(initial_state), rows(reset)),
     )
-
-
-def spread(weights: Float[Array, "groups ..."], rows: int) -> Float[Array, "rows ..."]:
-    """One entry a row, from one a group."""
-    groups, *shape = weights.shape
-    repeated = jnp.broadcast_to(weights[:, None], (groups, rows // groups, *shape))
-    return repeated.reshape(rows, *shape)

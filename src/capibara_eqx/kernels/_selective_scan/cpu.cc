@@ -2,30 +2,19 @@
 // are; an operand without elements is an absent one.
 #include "cpu_backward.h"
 #include "cpu_forward.h"
-#include "parallel.h"
-#include "xla/ffi/api/ffi.h"
+#include "cpu_step.h"
+#include "xla_call.h"
 
 namespace capibara {
 namespace {
 
 namespace ffi = xla::ffi;
 
-template <typename T>
-const T* values(const ffi::AnyBuffer& buffer) {
-  return buffer.element_count() == 0 ? nullptr
-                                     : static_cast<const T*>(buffer.untyped_data());
-}
-
-template <typename T>
-T* values(ffi::Result<ffi::AnyBuffer>& buffer) {
-  return buffer->element_count() == 0 ? nullptr : static_cast<T*>(buffer->untyped_data());
-}
-
 // The operands in the order of `Operands`, whatever their type.
 struct Inputs {
   bool softplus;
   int64_t chunk;
-  const ffi::AnyBuffer &u, &delta, &A, &B, &C, &D, &z, &delta_bias, &initial_state, &reset;
+  const Buffer &u, &delta, &A, &B, &C, &D, &z, &delta_bias, &initial_state, &reset;
 
   template <typename T>
   Scan<T> scan() const {
@@ -50,42 +39,32 @@ struct Inputs {
   }
 };
 
-// Below this number of states one thread is done before another has begun.
-constexpr int64_t kWorthAThread = 1 << 16;
-
 template <typename T>
-void run_tasks(const ffi::ThreadPool& pool, const Scan<T>& scan, int64_t tasks,
-               std::function<void(int64_t)> body) {
-  const int64_t work = scan.rows * scan.seq * scan.d_inner * (scan.d_state + 1);
-  const int64_t threads = std::min(pool.num_threads(), 1 + work / kWorthAThread);
-  auto& schedule = const_cast<ffi::ThreadPool&>(pool);
-  parallel_for(
-      tasks, threads, [&](auto job) { schedule.Schedule(std::move(job)); },
-      std::move(body));
+int64_t work(const Scan<T>& scan) {
+  return scan.rows * scan.seq * scan.d_inner * (scan.d_state + 1);
 }
 
 template <typename T>
-void forward(const ffi::ThreadPool& pool, const Inputs& inputs,
+void forward(ffi::ThreadPool& pool, const Inputs& inputs,
              const ForwardResults<T>& results) {
   const Scan<T> scan = inputs.scan<T>();
   const int64_t tiles = scan.tiles();
-  run_tasks<T>(pool, scan, scan.rows * tiles, [&](int64_t task) {
-    forward_tile<T>(scan, task / tiles, task % tiles, results);
+  const bool one_token = scan.seq == 1 && results.saved == nullptr;
+  const auto run = one_token ? step_tile<T> : forward_tile<T>;
+  run_tasks(pool, scan.rows * tiles, work(scan), [&](int64_t task) {
+    run(scan, task / tiles, task % tiles, results);
   });
 }
 
 template <typename T>
-void backward(const ffi::ThreadPool& pool, const Inputs& inputs,
+void backward(ffi::ThreadPool& pool, const Inputs& inputs,
               const Cotangents<T>& cotangents, const BackwardResults<T>& results) {
   const Scan<T> scan = inputs.scan<T>();
-  run_tasks<T>(pool, scan, scan.rows * results.parts, [&](int64_t task) {
+  run_tasks(pool, scan.rows * results.parts, work(scan), [&](int64_t task) {
     backward_part<T>(scan, task / results.parts, task % results.parts, cotangents,
                      results);
   });
 }
-
-using Buffer = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error forward_handler(ffi::ThreadPool pool, bool softplus, int64_t chunk, Buffer u,
                            Buffer delta, Buffer A, Buffer B, Buffer C, Buffer D, Buffer z,

@@ -147,7 +147,7 @@ void walk_back(const Tile<T>& tile, const Lanes<T>* rates, const Chunk<T>& chunk
     for (int v = 0; v < kRegisters; ++v) {
       const int64_t i = t * kRegisters + v;
       chunk.du[i] = step[v] * through_B[v];
-      chunk.ddelta[i] = chunk.u[i] * through_B[v] + through_decay[v] / kLog2e<T>;
+      chunk.ddelta[i] = chunk.u[i] * through_B[v] + through_decay[v] * kLn2<T>;
     }
   }
 }

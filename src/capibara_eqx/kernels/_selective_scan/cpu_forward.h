@@ -73,8 +73,7 @@ void forward_tile(const Scan<T>& scan, int64_t row, int64_t index,
     const int64_t count = std::min(scan.chunk, scan.seq - token);
     if (results.saved != nullptr) {
       for (int64_t n = 0; n < scan.d_state; ++n) {
-        const T* values = reinterpret_cast<const T*>(states + n * kRegisters);
-        std::copy(values, values + tile.width, results.saved + tile.saved_at(chunk, n));
+        tile.copy_out(states + n * kRegisters, results.saved + tile.saved_at(chunk, n));
       }
     }
     tile.read(scan.u, token, count, u);

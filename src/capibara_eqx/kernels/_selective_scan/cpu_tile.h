@@ -4,9 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
 
 #include "lanes.h"
+#include "scratch.h"
 
 namespace capibara {
 
@@ -27,39 +27,6 @@ struct Scan {
 
   int64_t chunks() const { return (seq + chunk - 1) / chunk; }
   int64_t tiles() const { return (d_inner + kTile<T> - 1) / kTile<T>; }
-};
-
-// Memory of one thread that lives as long as the thread, since fresh pages cost more
-// than a small scan.
-class Scratch {
- public:
-  static Scratch& of_this_thread() {
-    thread_local Scratch scratch;
-    return scratch;
-  }
-
-  // Room for `bytes`; what was taken before is gone.
-  void reserve(size_t bytes) {
-    used_ = 0;
-    if (bytes + kAlignment > size_) {
-      size_ = bytes + kAlignment;
-      memory_.reset(new char[size_]);
-    }
-  }
-
-  template <typename V>
-  V* take(size_t count) {
-    const auto start = reinterpret_cast<uintptr_t>(memory_.get());
-    const uintptr_t aligned = (start + kAlignment - 1) / kAlignment * kAlignment;
-    V* taken = reinterpret_cast<V*>(aligned + used_);
-    used_ += count * sizeof(V);
-    return taken;
-  }
-
- private:
-  static constexpr size_t kAlignment = 64;
-  std::unique_ptr<char[]> memory_;
-  size_t size_ = 0, used_ = 0;
 };
 
 // A tile's channels: where they lie in the row, and the weights that belong to them.
@@ -89,8 +56,7 @@ struct Tile {
   void write(const V* from, int64_t token, int64_t count, T* stream) const {
     T* into = stream + (row * scan.seq + token) * scan.d_inner + first;
     for (int64_t t = 0; t < count; ++t) {
-      const T* values = reinterpret_cast<const T*>(from + t * kRegisters);
-      std::copy(values, values + width, into + t * scan.d_inner);
+      copy_out(from + t * kRegisters, into + t * scan.d_inner);
     }
   }
 
@@ -101,10 +67,9 @@ struct Tile {
     copy(weights + group * scan.d_inner + first, reinterpret_cast<T*>(to));
   }
 
-  // Add to a vector over channels, one a row.
+  // A vector over channels, one a row.
   void write_row(const V* from, T* vectors) const {
-    const T* values = reinterpret_cast<const T*>(from);
-    std::copy(values, values + width, vectors + row * scan.d_inner + first);
+    copy_out(from, vectors + row * scan.d_inner + first);
   }
 
   // (d_inner, d_state) of `entry` to (d_state, channels of the tile), times `factor`.
@@ -134,12 +99,22 @@ struct Tile {
     return ((row * scan.chunks() + chunk) * scan.d_state + n) * scan.d_inner + first;
   }
 
+  // A full tile is copied by a few moves, which the compiler knows the number of.
   void copy(const T* from, T* into) const {
     if (width == kTile<T>) {
       std::copy(from, from + kTile<T>, into);
     } else {
       std::copy(from, from + width, into);
       std::fill(into + width, into + kTile<T>, T(0));
+    }
+  }
+
+  void copy_out(const V* from, T* into) const {
+    const T* values = reinterpret_cast<const T*>(from);
+    if (width == kTile<T>) {
+      std::copy(values, values + kTile<T>, into);
+    } else {
+      std::copy(values, values + width, into);
     }
   }
 };
@@ -152,7 +127,7 @@ T prepare_steps(const Tile<T>& tile, const Lanes<T>* bias, int64_t count, Lanes<
   Lanes<T> most{};
   for (int64_t i = 0; i < count * kRegisters; ++i) {
     Lanes<T> step = dt[i] + bias[i % kRegisters];
-    if (slope != nullptr) slope[i] = tile.scan.softplus ? sigmoid<T>(step) : step / step;
+    if (slope != nullptr) slope[i] = tile.scan.softplus ? sigmoid<T>(step) : all<T>(T(1));
     if (tile.scan.softplus) step = softplus<T>(step);
     dt[i] = step;
     most = larger<T>(most, absolute<T>(step));

@@ -2,19 +2,76 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Bool, Float
 
+from .. import _backends
 from .._carry import alike
-from . import _backends
-from ._operands import pack
-from ._rules import fused_scan
+from .._closure import Backend, Closure, Operation
+from . import xla
+from ._operands import Operands, pack, saved_shape
 
 
 # Tokens between two saved states.
 _CHUNKS = {"cpu": 64, "pallas_tpu": 128, "pallas_gpu": 16}
+
+
+class _Static(NamedTuple):
+    """What is fixed when the scan is traced; no `implementation` is the platform's."""
+
+    softplus: bool
+    chunk: int
+    implementation: str | None
+
+
+def _results(operands: Operands, static: _Static):
+    rows, _, d_inner = operands.u.shape
+    dtype = operands.A.dtype
+    return [
+        jax.ShapeDtypeStruct(operands.u.shape, operands.u.dtype),
+        jax.ShapeDtypeStruct((rows, d_inner, operands.A.shape[-1]), dtype),
+    ]
+
+
+def _saved(operands: Operands, static: _Static):
+    shape = saved_shape(operands, static.chunk)
+    return jax.ShapeDtypeStruct(shape, operands.A.dtype)
+
+
+def _plain(operands: Operands, static: _Static):
+    return xla.scan_rows(operands, static.softplus)
+
+
+def _backend(platform: str | None, operands: Operands, static: _Static):
+    softplus, chunk, name = static
+    selected = _backends.select(
+        __package__, platform, name, lambda module: module.refusal(operands, chunk)
+    )
+    if selected is None:
+        return None
+    module, options = selected
+
+    def forward(operands, save):
+        return module.forward(operands, softplus, chunk, save, **options)
+
+    def backward(operands, saved, cotangents):
+        return module.backward(operands, saved, *cotangents, softplus, chunk, **options)
+
+    return Backend(forward, backward)
+
+
+_scan = Closure(
+    Operation(
+        name="selective_scan",
+        weights=frozenset({"A", "D", "delta_bias"}),
+        results=_results,
+        saved=_saved,
+        plain=_plain,
+        backend=_backend,
+    )
+)
 
 
 def implementation(name: str | None) -> Callable[..., Any]:
@@ -43,18 +100,11 @@ def selective_scan(
     `NotImplementedError` with the reason if the kernel cannot serve: the one called
     `name`, or the own one of the platform that jax runs on.
     """
-    if any(axis is not None for axis in jax.typeof(u).sharding.spec):
-        raise NotImplementedError(
-            "a fused kernel does not take arrays that are sharded along an Explicit "
-            "axis; call it inside `jax.shard_map`, or use 'xla'"
-        )
+    serving = _backends.serving(name)
     operands = pack(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
-    serving = _backends.own() if name is None else name
-    if serving is None:
-        raise NotImplementedError(f"{jax.default_backend()} has no fused kernel")
     chunk = min(_CHUNKS[serving], u.shape[-2])
-    reason = _backends.refusal(serving, operands, chunk)
-    if reason is not None:
-        raise NotImplementedError(reason)
-    y, state = fused_scan(alike(operands), delta_softplus, chunk, name)
+    _backends.require(
+        __package__, serving, u, lambda module: module.refusal(operands, chunk)
+    )
+    y, state = _scan(alike(operands), _Static(delta_softplus, chunk, name))
     return y.reshape(u.shape), state.reshape(*u.shape[:-2], *A.shape)

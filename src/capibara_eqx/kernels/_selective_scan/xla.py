@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from .._carry import start_of
-from ._operands import Operands, pack, spread
+from .._closure import spread
+from ._operands import Operands, pack
 
 
 # Long enough that the saved boundary states are few, short enough that the states of
