@@ -20,12 +20,17 @@ class Console:
         self._rich.print(text, markup=False, soft_wrap=True)
 
     def table(
-        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        justify: str = "right",
     ) -> None:
-        """A table, its first column on the left, the others on the right."""
+        """A table, its first column on the left, the others on the side of `justify`."""
         table = require_extra("rich.table", "train").Table(title=title)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
+            table.add_column(column, justify="left" if index == 0 else justify)
         for row in rows:
             table.add_row(*row)
         self._rich.print(table)

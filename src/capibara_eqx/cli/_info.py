@@ -1,5 +1,6 @@
 import argparse
 
+from ..kernels import implementations
 from ..models import model_cost
 from ..train import RunFolder, build_model
 from ._console import Console, show_cost, show_references
@@ -8,6 +9,30 @@ from ._console import Console, show_cost, show_references
 def run_info(arguments: argparse.Namespace) -> int:
     """`capibara info`."""
     console = Console()
+    if arguments.kernels:
+        _show_kernels(console)
+    if arguments.run is not None:
+        _show_run(console, arguments)
+    elif not arguments.kernels:
+        raise ValueError("name a run folder, or pass --kernels")
+    return 0
+
+
+def _show_kernels(console: Console) -> None:
+    rows = [
+        (
+            found.operation,
+            found.name,
+            "yes" if found.is_default else "",
+            "runs here" if found.reason is None else found.reason,
+        )
+        for found in implementations()
+    ]
+    columns = ("operation", "implementation", "default", "")
+    console.table("kernels", columns, rows, justify="left")
+
+
+def _show_run(console: Console, arguments: argparse.Namespace) -> None:
     run, config = RunFolder.open(arguments.run)
     show_cost(console, model_cost(build_model(config)))
     summary = run.read_summary()
@@ -24,4 +49,3 @@ def run_info(arguments: argparse.Namespace) -> int:
             "The run is not finished; continue it with `capibara train --resume "
             f"{run.path}`."
         )
-    return 0

@@ -79,8 +79,15 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="continue a prompt")
     _add_generate(generate)
 
-    info = commands.add_parser("info", help="show the model of a run and its result")
-    info.add_argument("run", metavar="RUN", help="run folder")
+    info = commands.add_parser(
+        "info", help="show the model of a run and its result, or the kernels"
+    )
+    info.add_argument("run", metavar="RUN", nargs="?", help="run folder")
+    info.add_argument(
+        "--kernels",
+        action="store_true",
+        help="which implementations of the kernels run here, or why not",
+    )
     info.set_defaults(run_command=run_info)
 
     for command in (demo, train):

@@ -108,7 +108,9 @@ class RunConfig:
     scan: bool = _setting(False, "scan over the blocks: compile time of one block")
     remat: str | None = _setting(None, "recompute in the backward pass: full or dots")
     implementation: str | None = _setting(
-        None, "of the kernels: xla or reference", _one_of(*_IMPLEMENTATIONS)
+        None,
+        "of the kernels, such as cpu or xla; see capibara info --kernels",
+        _one_of(*_IMPLEMENTATIONS),
     )
     # The training.
     steps: int | None = _setting(None, "number of steps", _POSITIVE)

@@ -69,37 +69,41 @@ inline void each_register(int64_t channels, Body body) {
   if (c < channels) body(c, channels - c);
 }
 
-// The convolution at one token, before any activation.
+// An input that a token sees, and the weights that it is seen through.
 template <typename T>
-void convolve(const Strip<T>& strip, int64_t token, T* y) {
-  const int64_t channels = strip.count;
-  if (strip.bias == nullptr) {
-    std::fill(y, y + channels, T(0));
-  } else {
-    std::copy(strip.bias, strip.bias + channels, y);
-  }
+struct Tap {
+  const T *x, *weight;
+};
+
+// The convolution at one token before any activation: `use(offset, count, values)` for
+// each register of channels. `taps` has room for one a weight.
+template <typename T, typename Use>
+inline void convolve(const Strip<T>& strip, int64_t token, Tap<T>* taps, Use use) {
+  int64_t seen = 0;
   for (int64_t k = 0; k < strip.conv.width; ++k) {
     const T* x = strip.input(token, k);
-    if (x == nullptr) continue;
-    const T* weight = strip.weight + k * strip.conv.channels;
-    each_register<T>(channels, [&](int64_t c, int64_t n) {
-      const Lanes<T> sum = load_some(y + c, n) + load_some(weight + c, n) * load_some(x + c, n);
-      store_some(y + c, sum, n);
-    });
+    if (x != nullptr) taps[seen++] = {x, strip.weight + k * strip.conv.channels};
   }
+  each_register<T>(strip.count, [&](int64_t c, int64_t n) {
+    Lanes<T> sum = strip.bias == nullptr ? Lanes<T>{} : load_some(strip.bias + c, n);
+    for (int64_t i = 0; i < seen; ++i) {
+      sum += load_some(taps[i].weight + c, n) * load_some(taps[i].x + c, n);
+    }
+    use(c, n, sum);
+  });
 }
 
 template <typename T>
 void forward_run(const Conv<T>& conv, int64_t row, int64_t block, int64_t run, T* y) {
   const Strip<T> strip(conv, row, block);
+  Scratch& scratch = Scratch::of_this_thread();
+  scratch.reserve(conv.width * sizeof(Tap<T>));
+  Tap<T>* taps = scratch.take<Tap<T>>(conv.width);
   const int64_t end = std::min(conv.seq, (run + 1) * kRun);
   for (int64_t token = run * kRun; token < end; ++token) {
     T* out = strip.at(y, token);
-    convolve(strip, token, out);
-    if (!conv.silu) continue;
-    each_register<T>(strip.count, [&](int64_t c, int64_t n) {
-      const Lanes<T> before = load_some(out + c, n);
-      store_some(out + c, before * sigmoid<T>(before), n);
+    convolve(strip, token, taps, [&](int64_t c, int64_t n, Lanes<T> sum) {
+      store_some(out + c, conv.silu ? sum * sigmoid<T>(sum) : sum, n);
     });
   }
 }
@@ -112,10 +116,10 @@ struct ConvResults {
   T *x, *weights, *history;
 };
 
-// Cotangent before the activation, of `count` tokens.
+// Cotangents before the activation, of `count` tokens.
 template <typename T>
 void through_activation(const Strip<T>& strip, int64_t token, int64_t count, const T* dy,
-                        T* before) {
+                        Tap<T>* taps, T* before) {
   for (int64_t t = 0; t < count; ++t) {
     T* to = before + t * kChannels;
     const T* from = strip.at(dy, token + t);
@@ -123,10 +127,9 @@ void through_activation(const Strip<T>& strip, int64_t token, int64_t count, con
       std::copy(from, from + strip.count, to);
       continue;
     }
-    convolve(strip, token + t, to);
-    each_register<T>(strip.count, [&](int64_t c, int64_t n) {
-      const Lanes<T> x = load_some(to + c, n), open = sigmoid<T>(x);
-      const Lanes<T> slope = open + x * open * (T(1) - open);
+    convolve(strip, token + t, taps, [&](int64_t c, int64_t n, Lanes<T> sum) {
+      const Lanes<T> open = sigmoid<T>(sum);
+      const Lanes<T> slope = open + sum * open * (T(1) - open);
       store_some(to + c, load_some(from + c, n) * slope, n);
     });
   }
@@ -157,10 +160,11 @@ void backward_input(const Strip<T>& strip, int64_t place, int64_t begin, int64_t
 // The outputs that see these inputs reach beyond them, and are computed there too.
 template <typename T>
 void backward_run(const Strip<T>& strip, int64_t begin, int64_t end, const T* dy,
-                  T* before, T* weights, const ConvResults<T>& results) {
+                  Tap<T>* taps, T* before, T* weights,
+                  const ConvResults<T>& results) {
   const Conv<T>& conv = strip.conv;
   const int64_t reach = conv.reach(), seen = std::min(conv.seq, end + reach);
-  through_activation(strip, begin, seen - begin, dy, before);
+  through_activation(strip, begin, seen - begin, dy, taps, before);
   for (int64_t token = begin; token < end; ++token) {
     backward_input(strip, reach + token, begin, seen, before, strip.at(results.x, token));
     const T* own = before + (token - begin) * kChannels;
@@ -186,8 +190,9 @@ void backward_part(const Conv<T>& conv, int64_t row, int64_t block, int64_t part
   const Strip<T> strip(conv, row, block);
   Scratch& scratch = Scratch::of_this_thread();
   const int64_t room = (kRun + conv.reach()) * kChannels;
-  scratch.reserve(room * sizeof(T));
+  scratch.reserve(room * sizeof(T) + conv.width * sizeof(Tap<T>));
   T* before = scratch.take<T>(room);
+  Tap<T>* taps = scratch.take<Tap<T>>(conv.width);
   T* weights = results.weights +
                (row * results.parts + part) * (conv.width + 1) * conv.channels + strip.first;
   for (int64_t k = 0; k <= conv.width; ++k) {
@@ -196,7 +201,8 @@ void backward_part(const Conv<T>& conv, int64_t row, int64_t block, int64_t part
   }
   const int64_t end = conv.seq * (part + 1) / results.parts;
   for (int64_t token = conv.seq * part / results.parts; token < end; token += kRun) {
-    backward_run(strip, token, std::min(end, token + kRun), dy, before, weights, results);
+    backward_run(strip, token, std::min(end, token + kRun), dy, taps, before, weights,
+                 results);
   }
 }
 

@@ -102,7 +102,10 @@ def selective_scan(
     """
     serving = _backends.serving(name)
     operands = pack(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
-    chunk = min(_CHUNKS[serving], u.shape[-2])
+    chunk = _CHUNKS[serving]
+    if serving == "cpu":
+        # Only there a short sequence may make a short chunk.
+        chunk = min(chunk, u.shape[-2])
     _backends.require(
         __package__, serving, u, lambda module: module.refusal(operands, chunk)
     )

@@ -1,0 +1,71 @@
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from . import _backends
+from ._causal_conv import api as causal_conv
+from ._linear_recurrence import api as linear_recurrence
+from ._selective_scan import api as selective_scan
+
+
+_OPERATIONS: Mapping[str, Any] = {
+    "selective_scan": selective_scan,
+    "linear_recurrence": linear_recurrence,
+    "causal_conv": causal_conv,
+}
+
+
+class Implementation(NamedTuple):
+    """One way to run an operation, on the platform that jax runs on.
+
+    - `operation`, `name`: `name` is what `implementation` takes.
+    - `reason`: why it cannot run here, `None` if it can.
+    - `is_default`: whether it runs if none is named and the case is one of its own.
+    """
+
+    operation: str
+    name: str
+    reason: str | None
+    is_default: bool
+
+
+def implementations() -> list[Implementation]:
+    """Every implementation of every operation, and whether it can run here.
+
+    May compile what has not been compiled yet, which takes some seconds.
+
+    !!! example
+
+        ```python
+        for found in implementations():
+            print(found.operation, found.name, found.reason or "runs here")
+        ```
+    """
+    found = []
+    for operation, api in _OPERATIONS.items():
+        reasons = {name: _reason(api, name) for name in api.BACKENDS}
+        serving = [name for name, reason in reasons.items() if reason is None]
+        own = _backends.PLATFORMS.get(_platform())
+        default = own if own in serving else "xla"
+        found += [
+            Implementation(operation, name, reason, name == default)
+            for name, reason in reasons.items()
+        ]
+    return found
+
+
+def _platform() -> str:
+    platform = jax.default_backend()
+    return "cuda" if platform == "gpu" else platform
+
+
+def _reason(api: Any, name: str) -> str | None:
+    if name not in _backends.NAMES:
+        return None
+    platform = next(
+        key for key, kernel in _backends.PLATFORMS.items() if kernel == name
+    )
+    if platform != _platform():
+        return f"runs on {platform}, and jax runs on {_platform()} here"
+    return _backends.load(api.__package__, name).unavailable()
