@@ -7,7 +7,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.derivatives import check_gradient
 from support.kernel_cases import (
-    OPERATIONS,
+    FUNCTIONS,
     conv_arguments,
     loss_pair,
     over,
@@ -77,7 +77,7 @@ def test_gradient_through_shard_map(case, implementation, axis_type, start):
     arguments = {**smooth, **fixed}
 
     def run(arrays):
-        return OPERATIONS[operation](**arrays, **static, implementation=implementation)
+        return FUNCTIONS[operation](**arrays, **static, implementation=implementation)
 
     sharded = jax.shard_map(
         run,

@@ -16,9 +16,14 @@ ROWS, D_INNER, D_STATE = 2, 128, 16
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def gradient_of_a_model():
+def gradient_of_a_model(implementation=None):
     model = mamba_language_model(
-        11, D_INNER // 2, 1, d_state=D_STATE, key=jax.random.key(0)
+        11,
+        D_INNER // 2,
+        1,
+        d_state=D_STATE,
+        implementation=implementation,
+        key=jax.random.key(0),
     )
     arrays, static = eqx.partition(model, eqx.is_array)
 
@@ -28,9 +33,13 @@ def gradient_of_a_model():
     return jax.jit(jax.value_and_grad(loss)), arrays
 
 
-@pytest.mark.parametrize("platforms", [("cuda",), ("tpu",), PLATFORMS], ids=str)
-def test_a_gradient_lowers(platforms):
-    function, arrays = gradient_of_a_model()
+@pytest.mark.parametrize(
+    ("implementation", "platforms"),
+    [(None, ("cuda",)), (None, ("tpu",)), ("xla", PLATFORMS)],
+    ids=str,
+)
+def test_a_gradient_lowers(implementation, platforms):
+    function, arrays = gradient_of_a_model(implementation)
     tokens = jax.ShapeDtypeStruct((ROWS, 40), jnp.int32)
     exported = export.export(function, platforms=platforms)(arrays, tokens)
     assert exported.platforms == platforms
@@ -38,7 +47,7 @@ def test_a_gradient_lowers(platforms):
 
 
 def test_what_was_exported_computes_the_same():
-    function, arrays = gradient_of_a_model()
+    function, arrays = gradient_of_a_model("xla")
     tokens = np.random.default_rng(0).integers(0, 11, (ROWS, 40)).astype("int32")
     exported = export.export(function, platforms=PLATFORMS)(arrays, tokens)
     got, want = exported.call(arrays, tokens), function(arrays, tokens)

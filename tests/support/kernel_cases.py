@@ -28,8 +28,9 @@ OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
     "linear_recurrence": linear_recurrence,
     "causal_conv": causal_conv,
-    "depthwise_conv": causal_conv,
 }
+# What cases may name: an operation, or one in the form that more kernels can.
+FUNCTIONS = {**OPERATIONS, "depthwise_conv": causal_conv}
 ORACLES: Mapping[str, Callable[..., Any]] = {
     "selective_scan": oracles.selective_scan,
     "linear_recurrence": oracles.linear_recurrence,
@@ -56,9 +57,7 @@ def over(cases: Mapping[str, Any], *, but: Sequence[str] = ()):
 def compiled(operation: str, implementation: str | None, **static: Any):
     """The jitted operation; one object a setting, so that cases share compilations."""
     return jax.jit(
-        functools.partial(
-            OPERATIONS[operation], implementation=implementation, **static
-        )
+        functools.partial(FUNCTIONS[operation], implementation=implementation, **static)
     )
 
 
@@ -190,7 +189,7 @@ def loss_pair(operation: str, implementation: str, fixed: Arguments, **static: A
 
     def function(arrays: Mapping[str, jax.Array]) -> jax.Array:
         known = {name: jnp.asarray(values) for name, values in fixed.items()}
-        run = functools.partial(OPERATIONS[operation], implementation=implementation)
+        run = functools.partial(FUNCTIONS[operation], implementation=implementation)
         return smooth_loss(jnp, run(**arrays, **known, **static))
 
     def oracle(point: Mapping[str, np.ndarray]) -> float:

@@ -27,7 +27,7 @@ class Console:
         *,
         justify: str = "right",
     ) -> None:
-        """A table, its first column on the left, the others on the side of `justify`."""
+        """A table, its first column on the left, the others where `justify` says."""
         table = require_extra("rich.table", "train").Table(title=title)
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else justify)

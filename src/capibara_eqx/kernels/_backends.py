@@ -1,30 +1,37 @@
 """Which kernel of an operation serves which platform."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 
-# By the name of the platform that is lowered for.
+# The kernel of each platform that is lowered for, if an operation has it.
 PLATFORMS = {"cpu": "cpu", "tpu": "pallas_tpu", "cuda": "pallas_gpu"}
-NAMES = tuple(PLATFORMS.values())
 
 
-def serving(name: str | None) -> str:
+def platform() -> str:
+    """The platform that jax runs on, by the name that it is lowered for."""
+    found = jax.default_backend()
+    return "cuda" if found == "gpu" else found
+
+
+def serving(names: Sequence[str], name: str | None) -> str:
     """`name`, or without one the kernel of the platform that jax runs on.
+
+    **Arguments:**
+
+    - `names`: of the operation's kernels.
+    - `name`: of one of them, or `None`.
 
     **Raises:**
 
-    `NotImplementedError` if that platform has none.
+    `NotImplementedError` if there is none for that platform.
     """
-    if name is not None:
-        return name
-    platform = jax.default_backend()
-    own = PLATFORMS.get("cuda" if platform == "gpu" else platform)
-    if own is None:
-        raise NotImplementedError(f"the platform {platform!r} has no fused kernel")
+    own = PLATFORMS.get(platform()) if name is None else name
+    if own is None or own not in names:
+        raise NotImplementedError(f"there is no fused kernel for {platform()}")
     return own
 
 
@@ -36,6 +43,7 @@ def load(package: str, name: str) -> Any:
 
 def select(
     package: str,
+    names: Sequence[str],
     platform: str | None,
     name: str | None,
     refusal: Callable[[Any], str | None],
@@ -45,6 +53,7 @@ def select(
     **Arguments:**
 
     - `package`: of the operation, for messages too.
+    - `names`: of its kernels.
     - `platform`: that is lowered for, `None` for one that has no kernel.
     - `name`: the kernel that was asked for, `None` for the platform's own.
     - `refusal`: why a module cannot serve, `None` if it can.
@@ -55,7 +64,7 @@ def select(
     """
     own = None if platform is None else PLATFORMS[platform]
     if name is None:
-        if own is None:
+        if own is None or own not in names:
             return None
         module = load(package, own)
         return None if refusal(module) is not None else (module, {})

@@ -1,8 +1,6 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 from . import _backends
 from ._causal_conv import api as causal_conv
 from ._linear_recurrence import api as linear_recurrence
@@ -46,7 +44,7 @@ def implementations() -> list[Implementation]:
     for operation, api in _OPERATIONS.items():
         reasons = {name: _reason(api, name) for name in api.BACKENDS}
         serving = [name for name, reason in reasons.items() if reason is None]
-        own = _backends.PLATFORMS.get(_platform())
+        own = _backends.PLATFORMS.get(_backends.platform())
         default = own if own in serving else "xla"
         found += [
             Implementation(operation, name, reason, name == default)
@@ -55,17 +53,10 @@ def implementations() -> list[Implementation]:
     return found
 
 
-def _platform() -> str:
-    platform = jax.default_backend()
-    return "cuda" if platform == "gpu" else platform
-
-
 def _reason(api: Any, name: str) -> str | None:
-    if name not in _backends.NAMES:
+    by_name = {kernel: key for key, kernel in _backends.PLATFORMS.items()}
+    if name not in by_name:
         return None
-    platform = next(
-        key for key, kernel in _backends.PLATFORMS.items() if kernel == name
-    )
-    if platform != _platform():
-        return f"runs on {platform}, and jax runs on {_platform()} here"
+    if by_name[name] != _backends.platform():
+        return f"runs on {by_name[name]}; jax runs on {_backends.platform()} here"
     return _backends.load(api.__package__, name).unavailable()

@@ -39,8 +39,6 @@ def pack(
     count = math.prod(x.shape[:-2])
 
     def rows(values):
-        if values is None:
-            return None
         return values.reshape(count, *values.shape[x.ndim - 2 :])
 
     return Operands(
@@ -48,5 +46,5 @@ def pack(
         weight[None, :, 0],
         None if bias is None else bias[None],
         rows(history),
-        rows(document),
+        None if document is None else rows(document),
     )

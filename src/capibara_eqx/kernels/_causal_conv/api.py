@@ -4,14 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ...internal import check_choice, check_size, segment_starts, zero_padding
-from .._backends import NAMES
 from .._checks import check_batch, check_shape
 from .._dispatch import dispatch
 from . import fused, reference, xla
 
 
 BACKENDS = {
-    **{name: fused.implementation(name) for name in NAMES},
+    **{name: fused.implementation(name) for name in fused.NAMES},
     "xla": xla.causal_conv,
     "reference": reference.causal_conv,
 }

@@ -14,6 +14,10 @@ from . import xla
 from ._operands import Operands, pack
 
 
+_PACKAGE = __name__.rpartition(".")[0]
+NAMES = ("cpu",)
+
+
 class _Static(NamedTuple):
     """What is fixed when the call is traced; no `implementation` is the platform's."""
 
@@ -37,7 +41,8 @@ def _plain(operands: Operands, static: _Static):
 def _backend(platform: str | None, operands: Operands, static: _Static):
     dilation, silu, name = static
     selected = _backends.select(
-        __package__,
+        _PACKAGE,
+        NAMES,
         platform,
         name,
         lambda module: module.refusal(operands, dilation, silu),
@@ -98,8 +103,8 @@ def causal_conv(
     operands = pack(x, weight, bias, history, document)
     silu = activation == "silu"
     _backends.require(
-        __package__,
-        _backends.serving(name),
+        _PACKAGE,
+        _backends.serving(NAMES, name),
         x,
         lambda module: module.refusal(operands, dilation, silu),
     )

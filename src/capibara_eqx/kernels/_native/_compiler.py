@@ -6,10 +6,10 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
-import jaxlib
 
 
 HEADERS = Path(__file__).parent
@@ -47,7 +47,7 @@ class Compiler:
 
     def key(self, source: Path) -> str:
         """Changes with everything that the result of compiling `source` depends on."""
-        parts = [*self.command, self.version, *_FLAGS, _processor(), jaxlib.__version__]
+        parts = [*self.command, self.version, *_FLAGS, _processor(), version("jaxlib")]
         digest = hashlib.sha256("\0".join(parts).encode())
         for path in sources(source):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -97,7 +97,7 @@ def find_compiler() -> Compiler | None:
         if path is None:
             continue
         try:
-            version = subprocess.run(
+            told = subprocess.run(
                 [path, *command[1:], "--version"],
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -108,7 +108,7 @@ def find_compiler() -> Compiler | None:
         except (OSError, subprocess.TimeoutExpired):
             continue
         # One that cannot even tell its version says why when it is to compile.
-        return Compiler((path, *command[1:]), version.stdout)
+        return Compiler((path, *command[1:]), told.stdout)
     return None
 
 

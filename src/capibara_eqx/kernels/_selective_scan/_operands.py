@@ -67,12 +67,20 @@ def pack(
     count = math.prod(u.shape[:-2])
 
     def rows(x):
-        return None if x is None else x.reshape(count, *x.shape[u.ndim - 2 :])
+        return x.reshape(count, *x.shape[u.ndim - 2 :])
 
     def weights(x):
-        return None if x is None else x.astype(dtype)[None]
+        return x.astype(dtype)[None]
 
     return Operands(
-        *(rows(u), rows(delta), weights(A), rows(B), rows(C), weights(D), rows(z)),
-        *(weights(delta_bias), rows(initial_state), rows(reset)),
+        u=rows(u),
+        delta=rows(delta),
+        A=weights(A),
+        B=rows(B),
+        C=rows(C),
+        D=None if D is None else weights(D),
+        z=None if z is None else rows(z),
+        delta_bias=None if delta_bias is None else weights(delta_bias),
+        initial_state=None if initial_state is None else rows(initial_state),
+        reset=None if reset is None else rows(reset),
     )

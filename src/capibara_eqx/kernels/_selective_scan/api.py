@@ -3,14 +3,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._backends import NAMES
 from .._checks import check_batch, check_shape
 from .._dispatch import dispatch
 from . import fused, reference, xla
 
 
 BACKENDS = {
-    **{name: fused.implementation(name) for name in NAMES},
+    **{name: fused.implementation(name) for name in fused.NAMES},
     "xla": xla.selective_scan,
     "reference": reference.selective_scan,
 }

@@ -74,32 +74,25 @@ def backward(
     parts = max(1, min(_PARTS, d_inner // _CHANNELS))
     sums = (rows, parts, seq, d_state)
     states = (rows, d_inner, d_state)
-    shapes = Operands(
-        u=operands.u.shape,
-        delta=operands.u.shape,
-        A=states,
-        B=sums,
-        C=sums,
-        D=(rows, d_inner),
-        z=operands.u.shape,
-        delta_bias=(rows, d_inner),
-        initial_state=states,
-        reset=None,
-    )
+    stream, vectors = operands.u.shape, (rows, d_inner)
+    shapes = [stream, stream, states, sums, sums, vectors, stream, vectors, states]
     results = [
         jax.ShapeDtypeStruct((0,) if operand is None else shape, dtype)
-        for shape, operand in zip(shapes[:-1], operands[:-1], strict=True)
+        for shape, operand in zip(shapes, operands[:-1], strict=True)
     ]
     call = jax.ffi.ffi_call(_BACKWARD, results)
     cotangents = (saved, dy.astype(dtype), dfinal_state)
     out = call(*_dense(operands), *cotangents, softplus=softplus, chunk=chunk)
-    found = Operands(*out, reset=None)
-    found = found._replace(B=jnp.sum(found.B, axis=1), C=jnp.sum(found.C, axis=1))
+    du, ddelta, dA, dB, dC, *optional = out
+    present = zip(optional, operands[5:-1], strict=True)
     return Operands(
-        *(
-            None if operand is None or x is None else x.astype(operand.dtype)
-            for x, operand in zip(found, operands, strict=True)
-        )
+        du.astype(operands.u.dtype),
+        ddelta.astype(operands.delta.dtype),
+        dA,
+        jnp.sum(dB, axis=1).astype(operands.B.dtype),
+        jnp.sum(dC, axis=1).astype(operands.C.dtype),
+        *(None if x is None else dx.astype(x.dtype) for dx, x in present),
+        reset=None,
     )
 
 

@@ -14,6 +14,8 @@ from . import xla
 from ._operands import Operands, pack, saved_shape
 
 
+_PACKAGE = __name__.rpartition(".")[0]
+NAMES = ("cpu", "pallas_tpu", "pallas_gpu")
 # Tokens between two saved states.
 _CHUNKS = {"cpu": 64, "pallas_tpu": 128, "pallas_gpu": 16}
 
@@ -47,7 +49,11 @@ def _plain(operands: Operands, static: _Static):
 def _backend(platform: str | None, operands: Operands, static: _Static):
     softplus, chunk, name = static
     selected = _backends.select(
-        __package__, platform, name, lambda module: module.refusal(operands, chunk)
+        _PACKAGE,
+        NAMES,
+        platform,
+        name,
+        lambda module: module.refusal(operands, chunk),
     )
     if selected is None:
         return None
@@ -100,14 +106,14 @@ def selective_scan(
     `NotImplementedError` with the reason if the kernel cannot serve: the one called
     `name`, or the own one of the platform that jax runs on.
     """
-    serving = _backends.serving(name)
+    serving = _backends.serving(NAMES, name)
     operands = pack(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
     chunk = _CHUNKS[serving]
     if serving == "cpu":
         # Only there a short sequence may make a short chunk.
         chunk = min(chunk, u.shape[-2])
     _backends.require(
-        __package__, serving, u, lambda module: module.refusal(operands, chunk)
+        _PACKAGE, serving, u, lambda module: module.refusal(operands, chunk)
     )
     y, state = _scan(alike(operands), _Static(delta_softplus, chunk, name))
     return y.reshape(u.shape), state.reshape(*u.shape[:-2], *A.shape)
