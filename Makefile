@@ -15,7 +15,7 @@ PARALLEL := -n auto --maxprocesses=8 --dist=worksteal
 .DEFAULT_GOAL := help
 # pip must not run twice at once in the same environment.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-oldest check format notebooks bench docs clean
+.PHONY: help demo test test-all test-oldest check format notebooks bench tune docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ notebooks: $(STAMPS)/notebooks ## execute the notebooks and keep their outputs
 
 bench: $(STAMPS)/peers ## measure, beside the peers, and record under benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
+
+tune: $(STAMPS)/test ## measure the kernels' block sizes here and note the best
+	$(BIN)/python -m benchmarks.tune
 
 docs: $(STAMPS)/docs ## build the documentation into site/
 	$(BIN)/mkdocs build --strict

@@ -284,7 +284,10 @@ class Closure:
         )
         # Rows of one group share its weights.
         found = [
-            jnp.sum(x.reshape(leaf.shape[0], -1, *leaf.shape[1:]), axis=1)
+            jnp.sum(
+                x.reshape(leaf.shape[0], call.rows // leaf.shape[0], *leaf.shape[1:]),
+                axis=1,
+            )
             if leaf.shape[0] != call.rows
             else x.reshape(leaf.shape)
             for x, leaf in zip(found, call.smooth, strict=True)

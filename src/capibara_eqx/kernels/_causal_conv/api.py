@@ -53,8 +53,9 @@ def causal_conv(
         first, `(*batch, reach, c_in)`. It belongs to the first valid token's document.
     - `segment_ids`: document of each token, `(*batch, seq)`. No tap reaches across a
         change of id. A negative id is padding: skipped as if absent, its output 0.
-    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
-        which the first that can is used.
+    - `implementation`: `"cpu"` (C++, one channel a group), `"xla"`, `"reference"`, or a
+        sequence of names of which the first that can is used; by default the fused
+        kernel of the platform, and XLA where there is none.
 
     **Returns:**
 
@@ -63,8 +64,9 @@ def causal_conv(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, or an unknown
-    implementation.
+    `ValueError` naming the argument whose shape does not fit, or an unknown activation
+    or implementation. `NotImplementedError` with the reason if the implementation that
+    was named cannot serve.
 
     !!! example
 

@@ -19,7 +19,8 @@ def cache_folder() -> Path | None:
     conventions name.
     """
     chosen = os.environ.get("CAPIBARA_EQX_CACHE")
-    folder = Path(chosen) if chosen else _user_cache() / "capibara_eqx"
+    # Absolute, since the system looks for a bare file name elsewhere.
+    folder = (Path(chosen) if chosen else _user_cache() / "capibara_eqx").absolute()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:

@@ -90,8 +90,12 @@ def sources(source: Path) -> list[Path]:
 @functools.cache
 def find_compiler() -> Compiler | None:
     """`$CXX` if it is set, else the first of c++, g++ and clang++ that runs."""
-    chosen = os.environ.get("CXX")
-    candidates = [shlex.split(chosen)] if chosen else [["c++"], ["g++"], ["clang++"]]
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:
+        # Quotation marks that do not match.
+        return None
+    candidates = [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]
     for command in candidates:
         path = shutil.which(command[0])
         if path is None:

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -30,9 +31,18 @@ def handlers(source: Path, names: tuple[str, ...]) -> None:
         raise Unavailable(reason)
 
 
-@functools.cache
+_LOCK = threading.Lock()
+
+
 def _register(source: Path, names: tuple[str, ...]) -> str | None:
     """Why the handlers are not there, `None` if they are; the work is done once."""
+    # XLA refuses a second library under the same names.
+    with _LOCK:
+        return _register_once(source, names)
+
+
+@functools.cache
+def _register_once(source: Path, names: tuple[str, ...]) -> str | None:
     try:
         library = _load(source)
     except Unavailable as reason:
@@ -50,28 +60,29 @@ def _load(source: Path) -> ctypes.CDLL:
             "no C++ compiler was found (looked for $CXX, c++, g++, clang++); install "
             "one, for example with `apt-get install g++`"
         )
-    name = f"{source.parent.name.strip('_')}-{compiler.key(source)}"
-    folder, found = cache_folder(), None
-    if folder is not None:
-        found = read_library(folder, name)
-    if found is not None:
-        return ctypes.CDLL(str(found))
-    with tempfile.TemporaryDirectory(prefix="capibara-eqx-") as scratch:
-        built = Path(scratch) / "library.so"
-        _compile(compiler, source, built)
-        kept = None if folder is None else write_library(folder, name, built)
-        # What cannot be kept serves this process: a loaded file may be deleted.
-        return ctypes.CDLL(str(built if kept is None else kept))
-
-
-def _compile(compiler: Compiler, source: Path, target: Path) -> None:
     try:
-        compiler.compile(source, target)
-    except CompileError as error:
+        return _kept_or_built(compiler, source)
+    except (CompileError, OSError) as error:
         warnings.warn(
             f"{source.name} of {source.parent.name} could not be compiled, so a slower "
             f"form of it will run on the CPU. {error}",
             stacklevel=2,
         )
-        first_line = str(error).splitlines()[0]
-        raise Unavailable(first_line) from None
+        raise Unavailable(str(error).splitlines()[0]) from None
+
+
+def _kept_or_built(compiler: Compiler, source: Path) -> ctypes.CDLL:
+    name = f"{source.parent.name.strip('_')}-{compiler.key(source)}"
+    folder = cache_folder()
+    kept = None if folder is None else read_library(folder, name)
+    if kept is not None:
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="capibara-eqx-") as scratch:
+        built = Path(scratch) / "library.so"
+        compiler.compile(source, built)
+        # Loaded before it is kept: what does not load is of no use to others. A loaded
+        # file may be deleted.
+        library = ctypes.CDLL(str(built))
+        if folder is not None:
+            write_library(folder, name, built)
+    return library

@@ -27,7 +27,8 @@ struct Number;
 template <>
 struct Number<float> {
   typedef float Lanes __attribute__((vector_size(kRegisterBytes)));
-  typedef int32_t Bits __attribute__((vector_size(kRegisterBytes)));
+  // Unsigned, since the bits of what is out of range run over.
+  typedef uint32_t Bits __attribute__((vector_size(kRegisterBytes)));
   static constexpr int kMantissa = 23;
   static constexpr float kLargestExponent = 128.0f;
   static constexpr float kSmallestExponent = -126.0f;
@@ -42,7 +43,7 @@ struct Number<float> {
 template <>
 struct Number<double> {
   typedef double Lanes __attribute__((vector_size(kRegisterBytes)));
-  typedef int64_t Bits __attribute__((vector_size(kRegisterBytes)));
+  typedef uint64_t Bits __attribute__((vector_size(kRegisterBytes)));
   static constexpr int kMantissa = 52;
   static constexpr double kLargestExponent = 1024.0;
   static constexpr double kSmallestExponent = -1022.0;
@@ -110,10 +111,10 @@ inline Lanes<T> absolute(Lanes<T> x) {
   return x < T(0) ? -x : x;
 }
 
-// `b` where `a` is NaN, so that the larger of a number and NaN is NaN if it comes last.
+// NaN if one of them is.
 template <typename T>
 inline Lanes<T> larger(Lanes<T> a, Lanes<T> b) {
-  return a > b ? a : b;
+  return (a > b) | (a != a) ? a : b;
 }
 
 template <typename T>
@@ -130,7 +131,7 @@ inline T sum(Lanes<T> x) {
 template <typename T>
 inline T largest(Lanes<T> x) {
   T found = x[0];
-  for (int i = 1; i < kLanes<T>; ++i) found = found > x[i] ? found : x[i];
+  for (int i = 1; i < kLanes<T>; ++i) found = found > x[i] || found != found ? found : x[i];
   return found;
 }
 
@@ -166,7 +167,8 @@ inline Lanes<T> exp2_of_any(Lanes<T> x) {
   const Lanes<T> rounded = x + N::kRounder;
   const Lanes<T> whole = rounded - N::kRounder;
   const Lanes<T> power = scaled_power<T>(x - whole, rounded);
-  return x < N::kSmallestExponent ? Lanes<T>{} : power;
+  // What compares with nothing is NaN, and its bits are no power of two.
+  return x >= N::kSmallestExponent ? power : x < N::kSmallestExponent ? Lanes<T>{} : x;
 }
 
 // e^x for x <= 0: the reduction is in two parts, since x is not small.
@@ -177,7 +179,10 @@ inline Lanes<T> exp_of_negative(Lanes<T> x) {
   const Lanes<T> whole = rounded - N::kRounder;
   const Lanes<T> rest = (x - whole * N::kLn2High) - whole * N::kLn2Low;
   const Lanes<T> power = scaled_power<T>(rest * kLog2e<T>, rounded);
-  return x * kLog2e<T> < N::kSmallestExponent ? Lanes<T>{} : power;
+  const Lanes<T> exponent = x * kLog2e<T>;
+  return exponent >= N::kSmallestExponent  ? power
+         : exponent < N::kSmallestExponent ? Lanes<T>{}
+                                           : x;
 }
 
 // 1 / (1 + e^-x).

@@ -46,7 +46,8 @@ def selective_scan(
     Differentiable any number of times, forward and reverse, in every array argument,
     through `y` and `final_state`; works under `jit`, `vmap`, `checkpoint`, inside
     `shard_map` over mesh axes of type Auto or Explicit, and on rows that are sharded
-    along an Explicit axis.
+    along an Explicit axis. The scan and its gradient run as one fused kernel each where
+    the platform has one; every other derivative is that of the XLA form.
 
     **Arguments:**
 
@@ -61,8 +62,10 @@ def selective_scan(
     - `initial_state`: state before the first token, `(*batch, d_inner, d_state)`;
         zeros if not given.
     - `reset`: where the state is zeroed before the token is read, `(*batch, seq)`.
-    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
-        which the first that can is used.
+    - `implementation`: `"cpu"` (C++), `"pallas_gpu"`, `"xla"`, `"reference"`, or a
+        sequence of names of which the first that can is used; by default the fused
+        kernel of the platform, and XLA where there is none. `"xla"` is the form for
+        `jax.export` to a CPU.
 
     **Returns:**
 
@@ -72,7 +75,8 @@ def selective_scan(
     **Raises:**
 
     `ValueError` naming the argument whose shape does not fit, or an unknown
-    implementation.
+    implementation. `NotImplementedError` with the reason if the implementation that was
+    named cannot serve.
 
     !!! example
 

@@ -12,12 +12,11 @@ from .._carry import alike
 from .._closure import Backend, Closure, Operation
 from . import xla
 from ._operands import Operands, pack, saved_shape
+from ._tuning import chunk_for
 
 
 _PACKAGE = __name__.rpartition(".")[0]
-NAMES = ("cpu", "pallas_tpu", "pallas_gpu")
-# Tokens between two saved states.
-_CHUNKS = {"cpu": 64, "pallas_tpu": 128, "pallas_gpu": 16}
+NAMES = ("cpu", "pallas_gpu")
 
 
 class _Static(NamedTuple):
@@ -98,8 +97,10 @@ def selective_scan(
     delta_softplus: bool,
     initial_state: Float[Array, "*batch d_inner d_state"] | None,
     reset: Bool[Array, "*batch seq"] | None,
+    *,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "*batch seq d_inner"], Float[Array, "*batch d_inner d_state"]]:
-    """`kernels.selective_scan` by a fused kernel.
+    """`kernels.selective_scan` by a fused kernel, `chunk` tokens at a time.
 
     **Raises:**
 
@@ -108,10 +109,8 @@ def selective_scan(
     """
     serving = _backends.serving(NAMES, name)
     operands = pack(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
-    chunk = _CHUNKS[serving]
-    if serving == "cpu":
-        # Only there a short sequence may make a short chunk.
-        chunk = min(chunk, u.shape[-2])
+    if chunk is None:
+        chunk = chunk_for(serving, u.shape[-2])
     _backends.require(
         _PACKAGE, serving, u, lambda module: module.refusal(operands, chunk)
     )
