@@ -20,6 +20,12 @@ class Implementation(NamedTuple):
     - `operation`, `name`: `name` is what `implementation` takes.
     - `reason`: why it cannot run here, `None` if it can.
     - `is_default`: whether it runs if none is named and the case is one of its own.
+
+    !!! example
+
+        ```python
+        defaults = {x.operation: x.name for x in implementations() if x.is_default}
+        ```
     """
 
     operation: str
