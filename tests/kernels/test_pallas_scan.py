@@ -22,7 +22,7 @@ from capibara_eqx.kernels import selective_scan
 from capibara_eqx.kernels._selective_scan.specs import BENCHMARK_SPECS, TEST_SPECS
 
 
-PLATFORMS = {"pallas_gpu": "cuda"}
+PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
 each = pytest.mark.parametrize("implementation", PLATFORMS)
 SMALL = {"one_row"}
 specs = pytest.mark.parametrize(

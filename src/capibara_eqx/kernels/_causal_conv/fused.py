@@ -15,7 +15,7 @@ from ._operands import Operands, pack
 
 
 _PACKAGE = __name__.rpartition(".")[0]
-NAMES = ("cpu",)
+NAMES = ("cpu", "pallas_gpu")
 
 
 class _Static(NamedTuple):

@@ -15,6 +15,7 @@ import math
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from .._pallas_gpu_launch import LANES
 from ._pallas_gpu_forward import (
     decayed,
     each_part,
@@ -31,7 +32,6 @@ from ._pallas_gpu_forward import (
     tokens_of,
     weight,
 )
-from ._pallas_gpu_launch import LANES
 
 
 def ungated(token, dy_ref, z_ref):

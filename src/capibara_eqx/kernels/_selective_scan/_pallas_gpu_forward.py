@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from ._pallas_gpu_launch import LANES
+from .._pallas_gpu_launch import LANES
 
 
 class Form(NamedTuple):

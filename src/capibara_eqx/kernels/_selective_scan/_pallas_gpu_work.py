@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._pallas_gpu_launch import LANES, Launch, Stream, launch, struct_like
 from ._operands import Operands, saved_shape
 from ._pallas_gpu_backward import adjoint_body, backward_body
 from ._pallas_gpu_forward import Form, forward_body
-from ._pallas_gpu_launch import LANES, Launch, Stream, launch
 
 
 # What one block may take of a Hopper processor's shared memory, and what leaves room
@@ -106,17 +106,6 @@ def _floats(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def _struct_like(arrays):
-    """`jax.ShapeDtypeStruct`, varying over the mesh axes that any array varies over.
-
-    Inside `jax.shard_map` a kernel's outputs must say so themselves.
-    """
-    types = [jax.typeof(x).manual_axis_type for x in arrays]
-    varying = frozenset().union(*(kind.varying for kind in types))
-    kind = jax.sharding.ManualAxisType(varying=varying)
-    return functools.partial(jax.ShapeDtypeStruct, manual_axis_type=kind)
-
-
 def _ceil(size, part):
     return -(-size // part)
 
@@ -170,7 +159,7 @@ class Work:
         )
         self.grid = (width // LANES, rows * tiles.splits, per_split)
         arrays = [x for x in (*operands, dy) if x is not None]
-        self._struct = _struct_like(arrays)
+        self._struct = struct_like(arrays)
         self.streams = {
             **{k: self._wide_in(getattr(operands, k)) for k in ("u", "delta", "z")},
             **{k: self._narrow_in(getattr(operands, k)) for k in ("B", "C")},
@@ -294,6 +283,7 @@ class Work:
         if not backwards:
             del streams["dy"]
         job = Launch(
+            name="selective_scan_" + body.__name__.removesuffix("_body"),
             body=functools.partial(body, self.form),
             grid=self.grid,
             streams=streams,

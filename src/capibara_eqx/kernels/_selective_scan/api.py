@@ -62,10 +62,10 @@ def selective_scan(
     - `initial_state`: state before the first token, `(*batch, d_inner, d_state)`;
         zeros if not given.
     - `reset`: where the state is zeroed before the token is read, `(*batch, seq)`.
-    - `implementation`: `"cpu"` (C++), `"pallas_gpu"`, `"xla"`, `"reference"`, or a
-        sequence of names of which the first that can is used; by default the fused
-        kernel of the platform, and XLA where there is none. `"xla"` is the form for
-        `jax.export` to a CPU.
+    - `implementation`: `"cpu"` (C++), `"pallas_tpu"`, `"pallas_gpu"`, `"xla"`,
+        `"reference"`, or a sequence of names of which the first that can is used; by
+        default the fused kernel of the platform, and XLA where there is none. `"xla"`
+        is the form for `jax.export` to a CPU.
 
     **Returns:**
 

@@ -16,7 +16,7 @@ from ._tuning import chunk_for
 
 
 _PACKAGE = __name__.rpartition(".")[0]
-NAMES = ("cpu", "pallas_gpu")
+NAMES = ("cpu", "pallas_tpu", "pallas_gpu")
 
 
 class _Static(NamedTuple):

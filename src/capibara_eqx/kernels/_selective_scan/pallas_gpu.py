@@ -8,13 +8,16 @@ only if there are many of both. If not, each row is cut along the sequence: a fi
 finds what every cut adds to the state, `Work.states_between` joins the cuts, and the
 kernel proper runs on all of them at once. That reads some streams twice, and pays where
 it gives the kernel three or more times the blocks.
+
+A single token, as in generating, has a kernel of its own.
 """
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._pallas_gpu_launch import unavailable
 from ._operands import Operands
+from ._pallas_gpu_step import step
 from ._pallas_gpu_work import SHARED, Tiles, Work, shared_bytes, tiles_for
 
 
@@ -25,9 +28,9 @@ def refusal(
     operands: Operands, chunk: int, *, tiles: Tiles | None = None
 ) -> str | None:
     """Why these operands cannot be served, or `None`."""
-    if jax.__version_info__ < (0, 10, 2):
-        # Before, `plgpu.kernel` called its arguments by other names.
-        return f"it needs jax 0.10.2 or newer, not {jax.__version__}"
+    reason = unavailable()
+    if reason is not None:
+        return reason
     if chunk % 8 or not 0 < chunk <= 256:
         return f"its chunk must be a multiple of 8 up to 256, not {chunk}"
     if 0 in (*operands.u.shape, *operands.A.shape):
@@ -74,6 +77,9 @@ def forward(
     - `interpret`: run the kernel's interpreter, on any platform.
     - `tiles`: how to cut the work, if not as `tiles_for` says.
     """
+    if operands.u.shape[1] == 1 and not save:
+        # Not padded to a chunk of tokens, nor the states turned round.
+        return *step(operands, softplus, interpret=interpret), None
     work = Work(operands, softplus, chunk, tiles, interpret)
     initial = operands.initial_state
     initial = None if initial is None else work.state_in(initial)
