@@ -9,10 +9,15 @@ import jax
 
 from . import (
     causal_conv,
+    cores,
     decode,
+    demo_speed,
+    layer,
     layer_memory,
     layout,
     linear_recurrence,
+    machine,
+    one_token,
     scaling,
     second_order,
     selective_scan,
@@ -24,14 +29,19 @@ from ._records import MEASURED, Bar, Measurement, Recorder
 
 
 SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
+    "machine": machine.measure,
     "selective_scan": selective_scan.measure,
+    "cores": cores.measure,
     "scaling": scaling.measure,
-    "layer_memory": layer_memory.measure,
+    "second_order": second_order.measure,
+    "one_token": one_token.measure,
     "decode": decode.measure,
+    "layer": layer.measure,
+    "layer_memory": layer_memory.measure,
+    "demo_speed": demo_speed.measure,
     "layout": layout.measure,
     "linear_recurrence": linear_recurrence.measure,
     "causal_conv": causal_conv.measure,
-    "second_order": second_order.measure,
 }
 
 

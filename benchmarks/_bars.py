@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ._records import Bar, Measurement
+from ._slope import LONGEST, SHORTEST, slope
 
 
 _SMALL = "small_batch"
@@ -11,7 +12,7 @@ _ROW = "mamba_130m_row"
 _SMALL_WORDS = "2 rows of 1024 tokens, 256 channels"
 _ROW_WORDS = "1 row of 2048 tokens, 1536 channels"
 _BOTH = "forward_backward"
-# As one would write them at first; `plain_scan_rows` knows one of the library's tricks
+# As one would write them at first; `plain_scan_rows` knows one of the XLA form's tricks
 # and stands in the table beside them.
 _PLAIN = ("reference", "plain_scan")
 
@@ -34,13 +35,10 @@ class _Measured:
     def ms(self, operation: str, spec: str, mode: str, name: str) -> float:
         return _there(self.get(operation, spec, mode, name).median_ms)
 
-    def of(self, operation: str, mode: str) -> list[Measurement]:
-        found = [
-            m
-            for m in self._by_key.values()
-            if (m.operation, m.mode) == (operation, mode)
-        ]
-        return sorted(found, key=lambda m: m.spec["seq"])
+    def of(self, operation: str, mode: str, name: str) -> list[Measurement]:
+        wanted = (operation, mode, name)
+        found = self._by_key.values()
+        return [m for m in found if (m.operation, m.mode, m.implementation) == wanted]
 
 
 @dataclass(frozen=True)
@@ -82,94 +80,142 @@ def _there(value: float | None) -> float:
     return value
 
 
-def _faster(spec: str, mode: str, *others: str) -> Callable[[_Measured], float]:
-    """How many times faster the library's scan is than the fastest of `others`."""
+def _ratio(
+    of: tuple[str, str, str], slow: str, fast: str
+) -> Callable[[_Measured], float]:
+    """How many times as long `slow` takes as `fast`; `of` is operation, shape, mode."""
+    return lambda measured: measured.ms(*of, slow) / measured.ms(*of, fast)
+
+
+def _faster(
+    ours: str, spec: str, mode: str, *others: str
+) -> Callable[[_Measured], float]:
+    """How many times faster one of the library's scans is than the fastest other."""
 
     def compute(measured):
-        ours = measured.ms("selective_scan", spec, mode, "xla")
-        return min(measured.ms("selective_scan", spec, mode, o) for o in others) / ours
+        scan = ("selective_scan", spec, mode)
+        return min(measured.ms(*scan, o) for o in others) / measured.ms(*scan, ours)
 
     return compute
 
 
 def _temporaries(measured: _Measured) -> float:
-    measurement = measured.get("selective_scan", _ROW, _BOTH, "xla")
+    measurement = measured.get("selective_scan", _ROW, _BOTH, "cpu")
     spec = measurement.spec
     states = 4 * spec["seq"] * spec["d_inner"] * spec["d_state"]
     return _there(measurement.temp_bytes) / states
 
 
-def _doubling(mode: str) -> Callable[[_Measured], float]:
+def _from_linear(mode: str) -> Callable[[_Measured], float]:
+    """How far the slope of time against length is from one, to either side."""
+
     def compute(measured):
-        lengths = measured.of("selective_scan_scaling", mode)
-        times = [_there(m.median_ms) for m in lengths]
-        if len(times) < 2:
+        lengths = {
+            m.spec["seq"]: _there(m.median_ms)
+            for m in measured.of("selective_scan_scaling", mode, "cpu")
+        }
+        if not {SHORTEST, LONGEST} <= set(lengths):
             raise _Unmeasured
-        return max(b / a for a, b in zip(times, times[1:], strict=False))
+        return abs(_there(slope(lengths.items())) - 1)
 
     return compute
 
 
 def _layer_gib(measured: _Measured) -> float:
-    key = ("mamba_layer_memory", "100000_tokens", "forward", "xla")
+    key = ("mamba_layer_memory", "100000_tokens", "forward", "default")
     return _there(measured.get(*key).peak_rss_bytes) / 2**30
 
 
 def _step(batch: int) -> Callable[[_Measured], float]:
-    def compute(measured):
-        key = ("mamba_step", f"batch_{batch}", "step")
-        return measured.ms(*key, "mamba_step") / measured.ms(*key, "dense_product")
-
-    return compute
+    return _ratio(
+        ("mamba_step", f"batch_{batch}", "step"), "mamba_step", "dense_product"
+    )
 
 
 def _layout(spec: str) -> Callable[[_Measured], float]:
-    def compute(measured):
-        key = ("selective_scan_layout", f"{spec}_1", "forward")
-        first = measured.ms(*key, "channels_first")
-        return first / measured.ms(*key, "channels_last")
+    of = ("selective_scan_layout", f"{spec}_1", "forward")
+    return _ratio(of, "channels_first", "channels_last")
 
-    return compute
+
+def _cores(mode: str) -> Callable[[_Measured], float]:
+    return _ratio(("selective_scan_cores", _ROW, mode), "cpu_1_core", "cpu_2_cores")
+
+
+def _in_probes(mode: str) -> Callable[[_Measured], float]:
+    return _ratio(("selective_scan", _ROW, mode), "cpu", "probe")
 
 
 _CLAIMS = (
     _Claim(
+        "probe_forward",
+        "Compiled scan forward, in times of the probe: its exponentials and "
+        f"multiply-adds alone ({_ROW_WORDS})",
+        *(2.0, False, "times"),
+        _in_probes("forward"),
+    ),
+    _Claim(
+        "probe_gradients",
+        "Compiled scan forward and backward, in times of the same probe",
+        *(7.0, False, "times"),
+        _in_probes(_BOTH),
+    ),
+    _Claim(
+        "cores_forward",
+        f"Compiled scan forward, faster on two cores than on one ({_ROW_WORDS})",
+        *(1.7, True, "times"),
+        _cores("forward"),
+    ),
+    _Claim(
+        "cores_gradients",
+        "Compiled scan forward and backward, faster on two cores than on one",
+        *(1.7, True, "times"),
+        _cores(_BOTH),
+    ),
+    _Claim(
         "pscan_forward",
-        f"Selective scan forward, faster than mambapy's `pscan` ({_SMALL_WORDS})",
+        f"Compiled scan forward, faster than mambapy's `pscan` ({_SMALL_WORDS})",
         *(6.0, True, "times"),
-        _faster(_SMALL, "forward", "mambapy_pscan"),
+        _faster("cpu", _SMALL, "forward", "mambapy_pscan"),
     ),
     _Claim(
         "pscan_gradients",
-        f"Forward and backward, faster than mambapy's `pscan` ({_SMALL_WORDS})",
-        *(3.5, True, "times"),
-        _faster(_SMALL, _BOTH, "mambapy_pscan"),
+        "Compiled scan forward and backward, faster than mambapy's `pscan` "
+        f"({_SMALL_WORDS})",
+        *(30.0, True, "times"),
+        _faster("cpu", _SMALL, _BOTH, "mambapy_pscan"),
+    ),
+    _Claim(
+        "slope_forward",
+        "Distance from 1 of the slope of log time against log length, compiled scan "
+        f"forward ({SHORTEST} to {LONGEST} tokens, 256 channels)",
+        *(0.05, False, ""),
+        _from_linear("forward"),
+    ),
+    _Claim(
+        "slope_gradients",
+        "The same, forward and backward",
+        *(0.05, False, ""),
+        _from_linear(_BOTH),
+    ),
+    _Claim(
+        "demo",
+        'Training steps of `capibara demo`, faster than with `implementation="xla"`',
+        *(2.0, True, "times"),
+        _ratio(("demo", "demo", "train"), "xla", "default"),
     ),
     _Claim(
         "plain_gradients",
-        "Forward and backward, faster than through a plain scan, the faster of "
-        f"`reference` and `plain_scan` ({_ROW_WORDS})",
+        "XLA form forward and backward, faster than through a plain scan, the faster "
+        f"of `reference` and `plain_scan` ({_ROW_WORDS})",
         *(3.0, True, "times"),
-        _faster(_ROW, _BOTH, *_PLAIN),
+        _faster("xla", _ROW, _BOTH, *_PLAIN),
     ),
     _Claim(
         "temporaries",
-        "Temporary memory of forward and backward, in arrays of all states "
-        f"({_ROW_WORDS})",
+        "Temporary memory of the compiled scan forward and backward, in arrays of all "
+        f"states ({_ROW_WORDS})",
         *(1 / 3, False, "arrays"),
         _temporaries,
-    ),
-    _Claim(
-        "doubling_forward",
-        "Worst cost of twice the length, forward (512 to 16384 tokens)",
-        *(2.2, False, "times"),
-        _doubling("forward"),
-    ),
-    _Claim(
-        "doubling_gradients",
-        "Worst cost of twice the length, forward and backward",
-        *(2.2, False, "times"),
-        _doubling(_BOTH),
     ),
     _Claim(
         "layer_memory",

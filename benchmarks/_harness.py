@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._environment import Load
@@ -26,7 +27,7 @@ class Settings:
     rounds: int = 12
     calls: int = 8
     turn_s: float = 0.25
-    budget_s: float = 25.0
+    budget_s: float = 12.0
 
 
 QUICK = Settings(quick=True, rounds=3, calls=3, turn_s=0.05, budget_s=1.0)
@@ -57,9 +58,19 @@ class Contender:
     left_out: str | None = None
 
 
-def compiled(function: Callable[..., Any], *args: Any) -> Prepared:
-    """`function` of fixed arguments, compiled by jax ahead of time."""
-    executable, compile_ms = compile_timed(function, *args)
+def compiled(
+    function: Callable[..., Any], *args: Any, cotangent: Any = None
+) -> Prepared:
+    """`function` of fixed arguments, compiled by jax ahead of time.
+
+    With a `cotangent` its result is `(value, gradients)`.
+    """
+    timed = function
+    if cotangent is not None:
+        # An argument: a long constant would be compiled with the program.
+        timed = lambda dy, *args: with_gradients(function, dy)(*args)
+        args = (jnp.asarray(cotangent), *args)
+    executable, compile_ms = compile_timed(timed, *args)
     return Prepared(
         lambda: jax.block_until_ready(executable(*args)),
         compile_ms,
@@ -170,7 +181,8 @@ class _Lane:
             return
         try:
             prepared = contender.prepare()
-        except Absent as absence:
+        except (Absent, NotImplementedError) as absence:
+            # The latter: an implementation of the library that cannot serve here.
             self._out(MISSING, str(absence))
             return
         self.prepared = prepared

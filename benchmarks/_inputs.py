@@ -29,6 +29,24 @@ def scan_inputs(batch: int, seq: int, d_inner: int, d_state: int) -> ScanInputs:
     return ScanInputs(tuple(_narrow(x) for x in arguments), _narrow(dy))
 
 
+def token_inputs(batch: int, d_inner: int, d_state: int) -> dict[str, np.ndarray]:
+    """One token and a state, by the names that `selective_scan` gives them."""
+    rng = np.random.default_rng(7)
+    channels, states = (batch, d_inner), (batch, d_state)
+    arrays = {
+        "u": rng.normal(size=channels),
+        "delta": rng.normal(size=channels),
+        "A": -np.broadcast_to(np.arange(1.0, d_state + 1), (d_inner, d_state)),
+        "B": rng.normal(size=states),
+        "C": rng.normal(size=states),
+        "D": rng.normal(size=(d_inner,)),
+        "z": rng.normal(size=channels),
+        "delta_bias": rng.uniform(-7, -2, size=(d_inner,)),
+        "initial_state": rng.normal(size=(*channels, d_state)),
+    }
+    return {name: _narrow(array) for name, array in arrays.items()}
+
+
 def scan_spec(
     name: str, batch: int, seq: int, d_inner: int, d_state: int
 ) -> dict[str, Any]:

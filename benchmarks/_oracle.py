@@ -10,6 +10,10 @@ import numpy as np
 Array = np.ndarray
 
 
+# Tokens whose states are held at once: few, so that long sequences need little memory.
+_CHUNK = 32
+
+
 def selective_scan(
     u: Array, delta: Array, A: Array, B: Array, C: Array, D: Array
 ) -> Array:
@@ -17,9 +21,10 @@ def selective_scan(
     u, delta, A, B, C, D = _wide(u, delta, A, B, C, D)
     h = np.zeros((u.shape[0], *A.shape))
     y = np.empty_like(u)
-    for t in range(u.shape[1]):
-        h = _next_state(h, u[:, t], delta[:, t], A, B[:, t])
-        y[:, t] = np.einsum("bdn,bn->bd", h, C[:, t])
+    for part in _chunks(u.shape[1]):
+        _, states = _states(h, u[:, part], delta[:, part], A, B[:, part])
+        y[:, part] = _read_out(states, C[:, part])
+        h = states[:, -1]
     return y + D * u
 
 
@@ -34,27 +39,46 @@ def selective_scan_gradients(
 ) -> tuple[Array, tuple[Array, ...]]:
     """`y`, and the gradients of sum(dy y) in all six inputs."""
     u, delta, A, B, C, D, dy = _wide(u, delta, A, B, C, D, dy)
-    rows, seq, _ = u.shape
-    h = np.zeros((seq + 1, rows, *A.shape))
-    for t in range(seq):
-        h[t + 1] = _next_state(h[t], u[:, t], delta[:, t], A, B[:, t])
-    y = np.einsum("tbdn,btn->btd", h[1:], C) + D * u
-    du, ddelta, dB, dC = D * dy, np.zeros_like(u), np.zeros_like(B), np.zeros_like(C)
-    dA = np.zeros_like(A)
-    dh = np.zeros_like(h[0])
-    for t in reversed(range(seq)):
-        step, x = delta[:, t], u[:, t]
-        dh += dy[:, t, :, None] * C[:, t, None, :]
-        dC[:, t] = np.einsum("bd,bdn->bn", dy[:, t], h[t + 1])
-        into = np.einsum("bdn,bn->bd", dh, B[:, t])
-        du[:, t] += step * into
-        dB[:, t] = np.einsum("bdn,bd->bn", dh, step * x)
-        decay = np.exp(step[..., None] * A)
-        exponent = dh * h[t] * decay
-        ddelta[:, t] = x * into + np.einsum("bdn,dn->bd", exponent, A)
-        dA += np.einsum("bdn,bd->dn", exponent, step)
-        dh *= decay
-    return y, (du, ddelta, dA, dB, dC, np.einsum("btd,btd->d", dy, u))
+    parts = _chunks(u.shape[1])
+    entering = [np.zeros((u.shape[0], *A.shape))]
+    for part in parts:
+        last = _states(entering[-1], u[:, part], delta[:, part], A, B[:, part])[1]
+        entering.append(last[:, -1])
+    y, du, ddelta = np.empty_like(u), D * dy, np.empty_like(u)
+    dA, dB, dC = np.zeros_like(A), np.empty_like(B), np.empty_like(C)
+    dh = np.zeros_like(entering[0])
+    for h, part in reversed(list(zip(entering, parts, strict=False))):
+        x, step = u[:, part], delta[:, part]
+        decay, states = _states(h, x, step, A, B[:, part])
+        y[:, part] = _read_out(states, C[:, part])
+        dC[:, part] = _over_channels(dy[:, part], states)
+        dstates, dh = _state_gradients(dh, decay, dy[:, part], C[:, part])
+        into = _read_out(dstates, B[:, part])
+        du[:, part] += step * into
+        dB[:, part] = _over_channels(step * x, dstates)
+        before = np.concatenate([h[:, None], states[:, :-1]], axis=1)
+        exponent = dstates * before * decay
+        ddelta[:, part] = x * into + np.einsum("btdn,dn->btd", exponent, A)
+        dA += np.einsum("btdn,btd->dn", exponent, step)
+    return y + D * u, (du, ddelta, dA, dB, dC, np.einsum("btd,btd->d", dy, u))
+
+
+def selective_scan_step(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array,
+    z: Array,
+    delta_bias: Array,
+    initial_state: Array,
+) -> tuple[Array, Array]:
+    """Output and state after one token, with softplus, skip weights and gate."""
+    u, B, C, z, state = _wide(u, B, C, z, initial_state)
+    step = np.logaddexp(0.0, np.add(delta, delta_bias, dtype=np.float64))
+    state = _states(state, u[:, None], step[:, None], A, B[:, None])[1][:, 0]
+    return (_read_out(state, C) + D * u) * _silu(z), state
 
 
 def selective_scan_hvp(
@@ -126,21 +150,124 @@ def causal_conv_gradients(
 
 def mamba(weights: dict[str, Array], x: Array) -> Array:
     """A Mamba layer with silu and without projection biases, from its parameters."""
-    names = ("in_proj", "conv", "conv_bias", "x_proj", "dt_proj", "dt_bias")
-    w_in, w_conv, b_conv, w_x, w_dt, b_dt = _wide(*(weights[name] for name in names))
-    A_log, D, w_out, x = _wide(weights["A_log"], weights["D"], weights["out_proj"], x)
-    rank, states = w_dt.shape[1], A_log.shape[1]
-    u, z = np.split(x @ w_in.T, 2, axis=-1)
-    u = _silu(causal_conv(u, w_conv, b_conv))
-    steps, B, C = np.split(u @ w_x.T, [rank, rank + states], axis=-1)
-    delta = np.logaddexp(0.0, steps @ w_dt.T + b_dt)
-    y = selective_scan(u, delta, -np.exp(A_log), B, C, D)
-    return (y * _silu(z)) @ w_out.T
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    return _mamba_parts(w, np.asarray(x, np.float64))["y"]
 
 
-def _next_state(h, x, step, A, B):
+def mamba_gradients(
+    weights: dict[str, Array], x: Array, dy: Array
+) -> tuple[Array, tuple[dict[str, Array], Array]]:
+    """The layer's output, and the gradients of sum(dy y) in its parameters and `x`."""
+    w = {name: np.asarray(value, np.float64) for name, value in weights.items()}
+    x, dy = _wide(x, dy)
+    parts = _mamba_parts(w, x)
+    u, z, scan = parts["u"], parts["z"], parts["scan"]
+    dgated = dy @ w["out_proj"]
+    _, inner = selective_scan_gradients(*scan, dy=dgated * _silu(z))
+    du, ddelta, dA, dB, dC, dD = inner
+    # The slope of softplus is the sigmoid, 1 - exp(-softplus).
+    dsteps = ddelta * -np.expm1(-scan[1])
+    dmaps = np.concatenate([dsteps @ w["dt_proj"], dB, dC], axis=-1)
+    du += dmaps @ w["x_proj"]
+    _, (dconv_in, dconv, dconv_bias) = causal_conv_gradients(
+        parts["conv_in"], w["conv"], w["conv_bias"], du * _silu_slope(parts["conv"])
+    )
+    din = np.concatenate([dconv_in, dgated * parts["scanned"] * _silu_slope(z)], -1)
+    gradients = {
+        "in_proj": _outer(din, x),
+        "conv": dconv,
+        "conv_bias": dconv_bias,
+        "x_proj": _outer(dmaps, u),
+        "dt_proj": _outer(dsteps, parts["steps"]),
+        "dt_bias": dsteps.sum((0, 1)),
+        "A_log": dA * scan[2],
+        "D": dD,
+        "out_proj": _outer(dy, parts["gated"]),
+    }
+    return parts["y"], (gradients, din @ w["in_proj"])
+
+
+def language_model_loss(
+    embedding: Array,
+    layers: list[tuple[Array, dict[str, Array]]],
+    norm: Array,
+    tokens: Array,
+) -> Array:
+    """Mean cross-entropy of each next token, in nats, of a residual stack of Mambas.
+
+    `layers` holds the norm's weights and the layer's; the table is also the head.
+    """
+    embedding, norm = _wide(embedding, norm)
+    x = embedding[tokens[:, :-1]]
+    for weight, layer in layers:
+        x = x + mamba(layer, _rms_norm(x, weight))
+    scores = _rms_norm(x, norm) @ embedding.T
+    right = np.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[..., 0]
+    return np.mean(np.logaddexp.reduce(scores, axis=-1) - right)
+
+
+def _rms_norm(x, weight):
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + 1e-5) * weight
+
+
+def _mamba_parts(w, x):
+    """Everything on the way from a layer's input to its output, by name."""
+    rank, states = w["dt_proj"].shape[1], w["A_log"].shape[1]
+    conv_in, z = np.split(x @ w["in_proj"].T, 2, axis=-1)
+    conv = causal_conv(conv_in, w["conv"], w["conv_bias"])
+    u = _silu(conv)
+    steps, B, C = np.split(u @ w["x_proj"].T, [rank, rank + states], axis=-1)
+    delta = np.logaddexp(0.0, steps @ w["dt_proj"].T + w["dt_bias"])
+    scan = (u, delta, -np.exp(w["A_log"]), B, C, w["D"])
+    scanned = selective_scan(*scan)
+    gated = scanned * _silu(z)
+    return {
+        "conv_in": conv_in,
+        "conv": conv,
+        "u": u,
+        "z": z,
+        "steps": steps,
+        "scan": scan,
+        "scanned": scanned,
+        "gated": gated,
+        "y": gated @ w["out_proj"].T,
+    }
+
+
+def _outer(left, right):
+    """The gradient in a matrix that maps `right` to what has the gradient `left`."""
+    return np.einsum("bti,btj->ij", left, right, optimize=True)
+
+
+def _chunks(seq):
+    return [slice(t, min(t + _CHUNK, seq)) for t in range(0, seq, _CHUNK)]
+
+
+def _states(h, x, step, A, B):
+    """Decays and states of a chunk of tokens, (rows, tokens, d_inner, d_state)."""
     decay = np.exp(step[..., None] * A)
-    return decay * h + (step * x)[..., None] * B[:, None, :]
+    states = (step * x)[..., None] * B[:, :, None, :]
+    for t in range(states.shape[1]):
+        states[:, t] += decay[:, t] * h
+        h = states[:, t]
+    return decay, states
+
+
+def _state_gradients(dh, decay, dy, C):
+    """Gradients in the states of a chunk, and in the state that enters it."""
+    found = dy[..., None] * C[:, :, None, :]
+    for t in reversed(range(found.shape[1])):
+        found[:, t] += dh
+        dh = decay[:, t] * found[:, t]
+    return found, dh
+
+
+def _read_out(states, weights):
+    return (states @ weights[..., None])[..., 0]
+
+
+def _over_channels(weights, states):
+    return (weights[..., None, :] @ states)[..., 0, :]
 
 
 def _taps(weight):
@@ -153,7 +280,15 @@ def _delayed(x, lag):
 
 
 def _silu(x):
-    return x * np.exp(-np.logaddexp(0.0, -x))
+    return x * _sigmoid(x)
+
+
+def _silu_slope(x):
+    return _sigmoid(x) * (1 + x * _sigmoid(-x))
+
+
+def _sigmoid(x):
+    return np.exp(-np.logaddexp(0.0, -x))
 
 
 def _wide(*arrays):

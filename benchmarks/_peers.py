@@ -1,7 +1,7 @@
-"""The selective scan of other libraries, which run on PyTorch.
+"""The selective scan and the layer of other libraries, which run on PyTorch.
 
-All take NumPy arrays `u, delta (B, L, D)`, `A (D, N)`, `B, C (B, L, N)`, `D (D,)`. What
-a peer wants in another layout is laid out before the clock starts.
+The scans take NumPy arrays `u, delta (B, L, D)`, `A (D, N)`, `B, C (B, L, N)`, `D
+(D,)`. What a peer wants in another layout is laid out before the clock starts.
 """
 
 import importlib
@@ -55,14 +55,102 @@ def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
     `Absent` if torch or transformers is not installed, or has no such function.
     """
     torch = _torch()
-    module = _module("transformers.models.mamba.modeling_mamba")
-    if not hasattr(module, "mamba_selective_scan"):
-        raise Absent("this version of transformers has no mamba_selective_scan")
+    scan = _mamba_function("mamba_selective_scan")
 
     def tokens_last(array):
         return np.swapaxes(array, 1, 2) if array.ndim == 3 else array
 
-    return _prepared(torch, module.mamba_selective_scan, inputs, dy, tokens_last)
+    return _prepared(torch, scan, inputs, dy, tokens_last)
+
+
+def transformers_update(token: dict[str, Array]) -> Prepared:
+    """The update by one token that transformers' Mamba decodes with.
+
+    **Arguments:**
+
+    - `token`: as `_inputs.token_inputs` gives it.
+
+    **Raises:**
+
+    `Absent` if torch or transformers is not installed, or has no such function.
+    """
+    torch = _torch()
+    update = _mamba_function("mamba_selective_state_update")
+    first = ("initial_state", "u", "delta", "A", "B", "C", "D")
+    tensors = {name: torch.from_numpy(x.copy()) for name, x in token.items()}
+    state, *others = (tensors[name] for name in first)
+    options = {"z": tensors["z"], "dt_bias": tensors["delta_bias"], "dt_softplus": True}
+
+    def run():
+        with torch.no_grad():
+            return update(state, *others, **options)
+
+    def outputs(_):
+        # The update is in place, and calls before this one have moved the state on.
+        own = torch.from_numpy(token["initial_state"].copy())
+        return update(own, *others, **options).numpy(), own.numpy()
+
+    return Prepared(run, outputs=outputs)
+
+
+def transformers_mixer(
+    weights: dict[str, Array],
+    x: Array,
+    dy: Array | None,
+    *,
+    use_mambapy: bool = False,
+) -> Prepared:
+    """transformers' Mamba layer without its norm.
+
+    **Arguments:**
+
+    - `weights`: by the names of the float64 reference.
+    - `x`: the layer's input.
+    - `dy`: the cotangent of its output, if gradients are wanted: in the weights in the
+        order of their names, then in `x`.
+    - `use_mambapy`: whether it scans by mambapy's `pscan`.
+
+    **Raises:**
+
+    `Absent` if torch, transformers or mambapy is not installed.
+    """
+    torch = _torch()
+    if use_mambapy:
+        _module("mambapy.pscan")
+    module = _module("transformers.models.mamba.modeling_mamba")
+    (d_inner, d_state), d_model = weights["A_log"].shape, x.shape[-1]
+    config = module.MambaConfig(
+        hidden_size=d_model,
+        expand=d_inner // d_model,
+        state_size=d_state,
+        conv_kernel=weights["conv"].shape[-1],
+        time_step_rank=weights["dt_proj"].shape[1],
+        num_hidden_layers=1,
+        use_mambapy=use_mambapy,
+    )
+    mixer = module.MambaMixer(config, layer_idx=0).eval()
+    names = [_MIXER_NAMES[name] for name in sorted(weights)]
+
+    def forward(*tensors):
+        *parameters, x = tensors
+        values = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(mixer, values, (x,))
+
+    inputs = [*(weights[name] for name in sorted(weights)), x]
+    return _prepared(torch, forward, inputs, dy, lambda array: array)
+
+
+_MIXER_NAMES = {
+    "in_proj": "in_proj.weight",
+    "conv": "conv1d.weight",
+    "conv_bias": "conv1d.bias",
+    "x_proj": "x_proj.weight",
+    "dt_proj": "dt_proj.weight",
+    "dt_bias": "dt_proj.bias",
+    "A_log": "A_log",
+    "D": "D",
+    "out_proj": "out_proj.weight",
+}
 
 
 def _prepared(
@@ -94,6 +182,13 @@ def _prepared(
         return layout(y.numpy()), tuple(layout(g.numpy()) for g in gradients)
 
     return Prepared(run_backward, outputs=outputs)
+
+
+def _mamba_function(name: str) -> Callable[..., Any]:
+    module = _module("transformers.models.mamba.modeling_mamba")
+    if not hasattr(module, name):
+        raise Absent(f"this version of transformers has no {name}")
+    return getattr(module, name)
 
 
 def _torch() -> Any:

@@ -1,6 +1,6 @@
 """The depthwise causal convolution, forward and with the gradients of all inputs.
 
-`xla` and `reference` are the library's, `general_convolution` is
+`cpu`, `xla` and `reference` are the library's, `general_convolution` is
 `jax.lax.conv_general_dilated` with one group a channel.
 """
 
@@ -14,7 +14,7 @@ from capibara_eqx.kernels import causal_conv
 from capibara_eqx.kernels._causal_conv.specs import BENCHMARK_SPECS, Spec
 
 from . import _oracle
-from ._harness import Contender, Settings, compiled, entries, race, with_gradients
+from ._harness import Contender, Settings, compiled, entries, race
 from ._inputs import normal
 from ._records import Measurement
 
@@ -70,6 +70,7 @@ def _general(x, weight, bias):
 
 
 _FUNCTIONS = {
+    "cpu": _library("cpu"),
     "xla": _library("xla"),
     "reference": _library("reference"),
     "general_convolution": _general,
@@ -77,9 +78,8 @@ _FUNCTIONS = {
 
 
 def _prepare(function, inputs, cotangent):
-    if cotangent is not None:
-        function = with_gradients(function, jnp.asarray(cotangent))
-    return compiled(function, *(jnp.asarray(x) for x in inputs))
+    arrays = (jnp.asarray(x) for x in inputs)
+    return compiled(function, *arrays, cotangent=cotangent)
 
 
 def _expected(inputs, cotangent):

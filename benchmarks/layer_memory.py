@@ -51,7 +51,7 @@ def measure(settings: Settings) -> Iterator[Measurement]:
     # Libraries may print, and the numbers come last.
     measured = json.loads(child.stdout.splitlines()[-1])
     yield Measurement(
-        OPERATION, "xla", spec, "forward", load_of_others=load, **measured
+        OPERATION, "default", spec, "forward", load_of_others=load, **measured
     )
 
 

@@ -14,7 +14,7 @@ from capibara_eqx.kernels import linear_recurrence
 from capibara_eqx.kernels._linear_recurrence.specs import BENCHMARK_SPECS, Spec
 
 from . import _oracle
-from ._harness import Contender, Settings, compiled, entries, race, with_gradients
+from ._harness import Contender, Settings, compiled, entries, race
 from ._inputs import normal
 from ._records import Measurement
 
@@ -61,9 +61,7 @@ _FUNCTIONS = {
 
 
 def _prepare(function, a, x, cotangent):
-    if cotangent is not None:
-        function = with_gradients(function, jnp.asarray(cotangent))
-    return compiled(function, jnp.asarray(a), jnp.asarray(x))
+    return compiled(function, jnp.asarray(a), jnp.asarray(x), cotangent=cotangent)
 
 
 def _expected(a, x, cotangent):

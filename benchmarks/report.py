@@ -5,34 +5,45 @@ import inspect
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import (
     causal_conv,
+    cores,
     decode,
+    demo_speed,
+    layer,
     layer_memory,
     layout,
     linear_recurrence,
+    machine,
+    one_token,
     scaling,
     second_order,
     selective_scan,
 )
 from ._bars import NAMES
 from ._environment import RESULTS, ROOT
-from ._records import MEASURED, read_records
+from ._plots import plot_lengths
+from ._records import read_records
+from ._tables import Record, bar_table, length_tables, tables
 
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
 
 _SUBJECTS = (
+    machine,
     selective_scan,
+    cores,
     scaling,
-    layer_memory,
+    second_order,
+    one_token,
     decode,
+    layer,
+    layer_memory,
+    demo_speed,
     layout,
     linear_recurrence,
     causal_conv,
-    second_order,
 )
 _INTRODUCTION = """\
 # Benchmarks
@@ -43,10 +54,9 @@ which `make bench` adds to: every figure here has its record. Do not edit this p
 Contenders take turns within one process, so that the noise of a shared machine hits all
 alike; times are medians, without the first call. *Error* is the largest difference from
 a float64 NumPy reference in units of the largest value of that output; *temporaries* is
-what XLA allocates beside arguments and results. float32 throughout.
+what XLA allocates beside arguments and results, and is not known of others. float32
+throughout.
 """
-
-Record = dict[str, Any]
 
 
 def render(records: Iterable[Record]) -> str:
@@ -54,33 +64,61 @@ def render(records: Iterable[Record]) -> str:
 
     **Arguments:**
 
-    - `records`: the oldest first; a later one replaces an earlier one of the same name.
+    - `records`: the oldest first; a later run of a subject replaces an earlier one.
 
     **Raises:**
 
     `ValueError` if there are none.
     """
-    devices: dict[str, list[Record]] = {}
-    for record in records:
-        devices.setdefault(record["device"]["kind"], []).append(record)
+    devices = _by_device(records)
     if not devices:
         raise ValueError(
             "no records to report: run `make bench` first. Records of --quick count "
             "only if you ask for them with --quick."
         )
-    chapters = [_chapter(devices[kind]) for kind in sorted(devices)]
+    chapters = [_chapter(kind, devices[kind]) for kind in sorted(devices)]
     return "\n".join([_INTRODUCTION, *chapters])
 
 
-def _chapter(records: Sequence[Record]) -> str:
-    measurements = _newest(
-        (r for r in records if r["kind"] == "measurement"),
-        ("operation", "mode", "implementation"),
-    )
+def draw(records: Iterable[Record], folder: Path) -> list[Path]:
+    """Write the plots that the page of these records shows.
+
+    **Arguments:**
+
+    - `records`: as for `render`.
+    - `folder`: of the page.
+
+    **Returns:**
+
+    The files.
+    """
+    written = []
+    for kind, own in _by_device(records).items():
+        lengths = [m for m in _newest(own) if m["operation"] == scaling.OPERATION]
+        if lengths:
+            path = folder / _image(kind)
+            plot_lengths(path, lengths)
+            written.append(path)
+    return written
+
+
+def _by_device(records: Iterable[Record]) -> dict[str, list[Record]]:
+    devices: dict[str, list[Record]] = {}
+    for record in records:
+        devices.setdefault(record["device"]["kind"], []).append(record)
+    return devices
+
+
+def _image(kind: str) -> str:
+    """Where the plot of a device lies, seen from the page."""
+    return f"images/scaling-{kind}.svg"
+
+
+def _chapter(kind: str, records: Sequence[Record]) -> str:
+    measurements = _newest(records)
     # In the order of the claims; one that is no longer made is left out.
-    found = _newest((r for r in records if r["kind"] == "bar"), ("name",))
-    found = [bar for bar in found if bar["name"] in NAMES]
-    bars = sorted(found, key=lambda bar: NAMES.index(bar["name"]))
+    found = {r["name"]: r for r in records if r["kind"] == "bar"}
+    bars = [found[name] for name in NAMES if name in found]
     machine = records[-1]["device"]
     lines = [
         f"## {machine['model']}, {machine['cores']} cores",
@@ -88,21 +126,25 @@ def _chapter(records: Sequence[Record]) -> str:
         *_provenance(measurements),
     ]
     if bars:
-        lines += ["### Bars", "", *_bar_table(bars)]
+        lines += ["### Bars", "", *bar_table(bars)]
     for subject in _SUBJECTS:
         own = [m for m in measurements if m["operation"] == subject.OPERATION]
-        if own:
-            lines += _section(inspect.getdoc(subject) or "", own)
+        if not own:
+            continue
+        lines += _heading(inspect.getdoc(subject) or "")
+        if subject is scaling:
+            lines += [f"![Time and memory against length]({_image(kind)})", ""]
+            lines += length_tables(own)
+        else:
+            lines += tables(own)
     return "\n".join(lines)
 
 
-def _newest(records: Iterable[Record], names: Sequence[str]) -> list[Record]:
-    """The last record of each name and shape, in the order of their first."""
-    found: dict[tuple[str, ...], Record] = {}
-    for record in records:
-        spec = record.get("spec", {}).get("name", "")
-        found[spec, *(record[name] for name in names)] = record
-    return list(found.values())
+def _newest(records: Sequence[Record]) -> list[Record]:
+    """The measurements of the last run of each operation: ratios are of one run."""
+    measurements = [r for r in records if r["kind"] == "measurement"]
+    runs = {m["operation"]: m["run"] for m in measurements}
+    return [m for m in measurements if m["run"] == runs[m["operation"]]]
 
 
 def _provenance(measurements: Sequence[Record]) -> list[str]:
@@ -110,102 +152,38 @@ def _provenance(measurements: Sequence[Record]) -> list[str]:
     runs: dict[str, list[Record]] = {}
     for measurement in measurements:
         runs.setdefault(measurement["run"], []).append(measurement)
-    lines = []
-    for run, members in sorted(runs.items()):
-        first = members[0]
-        commit = (first["commit"] or "unknown")[:10]
-        state = " with changes" if first["dirty"] else ""
-        versions = ", ".join(
-            f"{name} {version or 'absent'}"
-            for name, version in first["versions"].items()
+    return [*(_run_line(run, members) for run, members in sorted(runs.items())), ""]
+
+
+def _run_line(run: str, members: Sequence[Record]) -> str:
+    first = members[0]
+    commit = (first["commit"] or "unknown")[:10]
+    state = " with changes" if first["dirty"] else ""
+    versions = ", ".join(
+        f"{name} {version or 'absent'}" for name, version in first["versions"].items()
+    )
+    loads = [m["load_of_others"] for m in members]
+    loads = [load for load in loads if load is not None]
+    load = ""
+    if loads:
+        load = (
+            f" Other processes used {min(loads):.0%} to {max(loads):.0%} of the "
+            "machine meanwhile."
         )
-        loads = [m["load_of_others"] for m in members]
-        loads = [load for load in loads if load is not None]
-        load = ""
-        if loads:
-            load = (
-                f" Other processes used {min(loads):.0%} to {max(loads):.0%} of the "
-                "machine meanwhile."
-            )
-        lines.append(
-            f"- {run}, commit `{commit}`{state}: {len(members)} measurements with "
-            f"{versions}.{load}"
-        )
-    return [*lines, ""]
+    return (
+        f"- {run}, commit `{commit}`{state}: {len(members)} measurements with "
+        f"{versions}.{load}"
+    )
 
 
-def _bar_table(bars: Sequence[Record]) -> list[str]:
-    rows = []
-    for bar in bars:
-        relation = "at least" if bar["at_least"] else "at most"
-        wanted = f"{relation} {bar['limit']:.3g} {bar['unit']}"
-        verdict = "met" if bar["passed"] else "**missed**"
-        rows.append([bar["statement"], wanted, f"{bar['value']:.3g}", verdict])
-    return _table(["claim", "wanted", "measured", ""], "lrrl", rows)
-
-
-def _section(text: str, measurements: Sequence[Record]) -> list[str]:
+def _heading(text: str) -> list[str]:
     title, _, rest = text.partition("\n")
     lines = [f"### {title.rstrip('.')}", ""]
-    if rest.strip():
-        lines += [rest.strip(), ""]
-    specs: dict[str, list[Record]] = {}
-    for measurement in measurements:
-        specs.setdefault(measurement["spec"]["name"], []).append(measurement)
-    if all(len({m["implementation"] for m in own}) == 1 for own in specs.values()):
-        # Nothing to compare within a shape: the shapes themselves are the rows.
-        return lines + _measurement_table(measurements, by_spec=True)
-    for own in specs.values():
-        sizes = [f"{k} {v}" for k, v in own[0]["spec"].items() if k != "name"]
-        lines += [f"`{own[0]['spec']['name']}`: {', '.join(sizes)}", ""]
-        lines += _measurement_table(own, by_spec=False)
-    return lines
-
-
-def _measurement_table(measurements: Sequence[Record], *, by_spec: bool) -> list[str]:
-    """Times beside that of the first of the same mode, or of the row before."""
-    base: dict[str, float] = {}
-    rows = []
-    peaks = any(m["peak_rss_bytes"] is not None for m in measurements)
-    for m in measurements:
-        name = m["spec"]["name"] if by_spec else m["implementation"]
-        head = [m["mode"].replace("_", " "), f"`{name}`"]
-        if m["status"] != MEASURED:
-            rows.append([*head, f"{m['status']}: {m['reason']}"])
-            continue
-        median = m["median_ms"]
-        ratio = median / base.get(m["mode"], median)
-        if by_spec or m["mode"] not in base:
-            base[m["mode"]] = median
-        row = [*head, f"{median:.4g}", f"{ratio:.2f}"]
-        row += [_mebibytes(m["temp_bytes"]), _seconds(m["compile_ms"])]
-        if peaks:
-            row.append(_mebibytes(m["peak_rss_bytes"]))
-        rows.append([*row, f"{m['max_error']:.1e}", str(len(m["evaluation_ms"]))])
-    what = "of the row above" if by_spec else "of the first"
-    titles = ["mode", "shape" if by_spec else "implementation", "ms", what]
-    titles += ["temporaries, MiB", "compile, s"]
-    titles += ["peak resident, MiB"] if peaks else []
-    titles += ["error", "calls"]
-    return _table(titles, "ll" + "r" * (len(titles) - 2), rows)
-
-
-def _table(titles: list[str], align: str, rows: list[list[str]]) -> list[str]:
-    marks = [{"l": "---", "r": "---:"}[side] for side in align]
-    full = [row + [""] * (len(titles) - len(row)) for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [titles, marks, *full]] + [""]
-
-
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.1f}"
-
-
-def _seconds(milliseconds: float | None) -> str:
-    return "" if milliseconds is None else f"{milliseconds / 1e3:.2f}"
+    return [*lines, rest.strip(), ""] if rest.strip() else lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read all records, write the page."""
+    """Read all records, write the page and its plots."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description="Write docs/benchmarks.md."
     )
@@ -216,9 +194,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     records = read_records(sorted(options.results.glob("*/*.jsonl")))
-    page = render(r for r in records if r["quick"] == options.quick)
+    records = [r for r in records if r["quick"] == options.quick]
+    page = render(records)
+    drawn = draw(records, options.output.parent)
     options.output.write_text(page, "utf-8")
-    print(f"Wrote {options.output}")
+    for path in (options.output, *drawn):
+        print(f"Wrote {path}")
     return 0
 
 

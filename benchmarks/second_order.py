@@ -15,15 +15,14 @@ from . import _oracle, _plain_scans
 from ._harness import Contender, Settings, compiled, entries, race
 from ._inputs import ScanInputs, normal, scan_inputs
 from ._records import Measurement
-from .selective_scan import library_scan
+from .selective_scan import LIBRARY, library_scan
 
 
 OPERATION = "selective_scan_hvp"
 
 _QUICK = Spec("tiny", 2, 32, 8, 4)
 _SCANS = {
-    "xla": library_scan("xla"),
-    "reference": library_scan("reference"),
+    **{name: library_scan(name) for name in LIBRARY},
     "plain_scan": _plain_scans.plain_scan,
 }
 

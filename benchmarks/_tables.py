@@ -1,0 +1,136 @@
+"""Records as Markdown tables."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from ._records import MEASURED
+
+
+Record = dict[str, Any]
+
+# What a shape says of the work of a call, the unit of that a second, and its size.
+_RATES = {"tokens_per_call": ("tokens/s", 1.0), "bytes_per_call": ("GB/s", 1e9)}
+
+
+def bar_table(bars: Iterable[Record]) -> list[str]:
+    """Claims, limits and what was measured."""
+    rows = []
+    for bar in bars:
+        relation = "at least" if bar["at_least"] else "at most"
+        wanted = f"{relation} {bar['limit']:.3g} {bar['unit']}".strip()
+        verdict = "met" if bar["passed"] else "**missed**"
+        rows.append([bar["statement"], wanted, f"{bar['value']:.3g}", verdict])
+    return _table(["claim", "wanted", "measured", ""], "lrrl", rows)
+
+
+def tables(measurements: Sequence[Record]) -> list[str]:
+    """One table a shape, or one of all shapes where each has one implementation."""
+    specs: dict[str, list[Record]] = {}
+    for measurement in measurements:
+        specs.setdefault(measurement["spec"]["name"], []).append(measurement)
+    if all(len({m["implementation"] for m in own}) == 1 for own in specs.values()):
+        # Nothing to compare within a shape: the shapes themselves are the rows.
+        return _measurement_table(measurements, by_spec=True)
+    lines = []
+    for own in specs.values():
+        sizes = [f"{k} {v}" for k, v in own[0]["spec"].items() if k != "name"]
+        lines += [f"`{own[0]['spec']['name']}`: {', '.join(sizes)}", ""]
+        lines += _measurement_table(own, by_spec=False)
+    return lines
+
+
+def length_tables(measurements: Sequence[Record]) -> list[str]:
+    """One table a mode and quantity: lengths down, implementations across."""
+    lines = []
+    for mode in dict.fromkeys(m["mode"] for m in measurements):
+        own = [m for m in measurements if m["mode"] == mode]
+        for title, text in _QUANTITIES.items():
+            lines += [f"{mode.replace('_', ' ').capitalize()}, {title}:", ""]
+            lines += _length_table(own, text)
+    absent = [m for m in measurements if m["status"] != MEASURED]
+    reasons = {
+        f"- A dash: `{m['implementation']}` is {m['status']}: {m['reason']}."
+        for m in absent
+    }
+    return [*lines, *sorted(reasons), ""]
+
+
+def _length_table(
+    measurements: Sequence[Record], text: Callable[[Record], str]
+) -> list[str]:
+    names = list(dict.fromkeys(m["implementation"] for m in measurements))
+    cells = {(m["spec"]["seq"], m["implementation"]): m for m in measurements}
+    rows = []
+    for seq in dict.fromkeys(m["spec"]["seq"] for m in measurements):
+        own = [cells.get((seq, name)) for name in names]
+        rows.append([str(seq), *("" if m is None else _cell(m, text) for m in own)])
+    titles = ["tokens", *(f"`{name}`" for name in names)]
+    return _table(titles, "r" * len(titles), rows)
+
+
+def _cell(measurement: Record, text: Callable[[Record], str]) -> str:
+    return text(measurement) if measurement["status"] == MEASURED else "-"
+
+
+def _measurement_table(measurements: Sequence[Record], *, by_spec: bool) -> list[str]:
+    """Times beside that of the first of the same mode, or of the row before."""
+    base: dict[str, float] = {}
+    rows = []
+    rates = {k: v for k, v in _RATES.items() if k in measurements[0]["spec"]}
+    peaks = any(m["peak_rss_bytes"] is not None for m in measurements)
+    for m in measurements:
+        name = m["spec"]["name"] if by_spec else m["implementation"]
+        head = [m["mode"].replace("_", " "), f"`{name}`"]
+        if m["status"] != MEASURED:
+            rows.append([*head, f"{m['status']}: {m['reason']}"])
+            continue
+        median = m["median_ms"]
+        ratio = median / base.get(m["mode"], median)
+        if by_spec or m["mode"] not in base:
+            base[m["mode"]] = median
+        row = [*head, f"{median:.4g}", f"{ratio:.2f}"]
+        for key, (_, unit) in rates.items():
+            row.append(f"{m['spec'][key] / median * 1e3 / unit:,.5g}")
+        row += [_mebibytes(m), _seconds(m)]
+        if peaks:
+            row.append(_mebibytes(m, "peak_rss_bytes"))
+        rows.append([*row, _error(m), str(len(m["evaluation_ms"]))])
+    what = "of the row above" if by_spec else "of the first"
+    titles = ["mode", "shape" if by_spec else "implementation", "ms", what]
+    titles += [title for title, _ in rates.values()]
+    titles += ["temporaries, MiB", "compile, s"]
+    titles += ["peak resident, MiB"] if peaks else []
+    titles += ["error", "calls"]
+    return _table(titles, "ll" + "r" * (len(titles) - 2), rows)
+
+
+def _table(titles: list[str], align: str, rows: list[list[str]]) -> list[str]:
+    marks = [{"l": "---", "r": "---:"}[side] for side in align]
+    full = [row + [""] * (len(titles) - len(row)) for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [titles, marks, *full]] + [""]
+
+
+def _milliseconds(measurement: Record) -> str:
+    return f"{measurement['median_ms']:.4g}"
+
+
+def _mebibytes(measurement: Record, key: str = "temp_bytes") -> str:
+    count = measurement[key]
+    return "" if count is None else f"{count / 2**20:.1f}"
+
+
+def _seconds(measurement: Record) -> str:
+    milliseconds = measurement["compile_ms"]
+    return "" if milliseconds is None else f"{milliseconds / 1e3:.2f}"
+
+
+def _error(measurement: Record) -> str:
+    return f"{measurement['max_error']:.1e}"
+
+
+_QUANTITIES = {
+    "ms": _milliseconds,
+    "temporaries in MiB": _mebibytes,
+    "compile time in s": _seconds,
+    "error": _error,
+}

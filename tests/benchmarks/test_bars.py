@@ -1,0 +1,89 @@
+import pytest
+
+from benchmarks._bars import bars
+from benchmarks._records import Measurement
+from benchmarks._slope import slope
+
+
+ROW, BOTH = "mamba_130m_row", "forward_backward"
+
+
+def measurement(
+    implementation,
+    mode,
+    ms,
+    spec="small_batch",
+    operation="selective_scan",
+    seq=2048,
+    **fields,
+):
+    sizes = {"name": spec, "batch": 1, "seq": seq, "d_inner": 1536, "d_state": 16}
+    return Measurement(operation, implementation, sizes, mode, median_ms=ms, **fields)
+
+
+def test_bars_follow_from_the_medians():
+    measurements = [
+        measurement("cpu", "forward", 2.0),
+        measurement("mambapy_pscan", "forward", 13.0),
+        measurement("cpu", "forward", 15.0, ROW),
+        measurement("probe", "forward", 10.0, ROW),
+        measurement("cpu", BOTH, 80.0, ROW, temp_bytes=2048 * 1536 * 16),
+        measurement("probe", BOTH, 10.0, ROW),
+        measurement("xla", BOTH, 10.0, ROW),
+        measurement("reference", BOTH, 40.0, ROW),
+        measurement("plain_scan", BOTH, 25.0, ROW),
+        measurement("plain_scan_rows", BOTH, 31.0, ROW),
+        measurement("cpu_1_core", BOTH, 10.0, ROW, "selective_scan_cores"),
+        measurement("cpu_2_cores", BOTH, 5.0, ROW, "selective_scan_cores"),
+        measurement("default", "train", 2.0, "demo", "demo"),
+        measurement("xla", "train", 5.0, "demo", "demo"),
+    ]
+    found = {bar.name: bar for bar in bars(measurements)}
+    assert {name: bar.value for name, bar in found.items()} == {
+        "probe_forward": 1.5,
+        "probe_gradients": 8.0,
+        "cores_gradients": 2.0,
+        "pscan_forward": 6.5,
+        "demo": 2.5,
+        "plain_gradients": 2.5,
+        "temporaries": 0.25,
+    }
+    assert [name for name, bar in found.items() if not bar.passed] == [
+        "probe_gradients",
+        "plain_gradients",
+    ]
+
+
+def lengths(power, *, longest=17, mode="forward", name="cpu"):
+    """Times that grow with a power of the length from 2048 tokens on."""
+    return [
+        measurement(
+            name,
+            mode,
+            max(2.0 ** (power * (k - 11)), 1.0),
+            f"{2**k}_tokens",
+            "selective_scan_scaling",
+            2**k,
+        )
+        for k in range(8, longest + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("power", "distance", "passed"),
+    [(1.0, 0.0, True), (1.04, 0.04, True), (0.9, 0.1, False), (1.1, 0.1, False)],
+)
+def test_a_slope_may_differ_from_one_to_neither_side(power, distance, passed):
+    found = list(bars([*lengths(power), *lengths(2.0, name="xla")]))
+    assert [bar.name for bar in found] == ["slope_forward"]
+    assert found[0].value == pytest.approx(distance, abs=1e-9)
+    assert found[0].passed == passed
+
+
+def test_no_slope_is_claimed_without_the_longest_length():
+    assert list(bars(lengths(1.0, longest=16))) == []
+
+
+def test_slope_needs_two_lengths_that_count():
+    assert slope([(256, 1.0), (2048, 1.0)]) is None
+    assert slope([(256, 9.0), (2048, 1.0), (4096, 4.0)]) == pytest.approx(2.0)
