@@ -252,6 +252,27 @@ def test_steps_of_zero_have_a_gradient():
     assert_same_gradients(inputs, length=18, **PLAIN)
 
 
+# Sums over very many tokens.
+
+
+def test_a_sum_over_many_tokens_keeps_its_digits():
+    tokens, channels, chunk = 2**16, 8, 64
+    rng = np.random.default_rng(3)
+    u, dy = rng.uniform(0.5, 1.5, (2, tokens, channels)).astype(np.float32)
+    arguments = scan_arguments((), tokens, channels, 1, options=("D",))
+    inputs = cast(arguments, "float32") | {"u": jnp.asarray(u)}
+
+    def loss(D):
+        y, _ = selective_scan(**(inputs | {"D": D}), implementation="cpu")
+        return jnp.sum(y * dy)
+
+    got = jax.jit(jax.grad(loss))(inputs["D"])
+    want = np.sum(u.astype(np.float64) * dy, axis=0)
+    # Terms of one chunk, and chunks; one sum of all terms is twice as far off.
+    length = chunk + tokens // chunk
+    assert_close(got, want, dtype=np.float32, length=length, factor=1.0)
+
+
 # The same again.
 
 DETERMINISM = """

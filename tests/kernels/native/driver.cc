@@ -169,11 +169,10 @@ Results<T> run(const Case& c, Inputs<T>& in, Pool& pool, int64_t threads) {
     const auto schedule = [&](auto job) { pool.schedule(std::move(job)); };
     parallel_for(tasks, threads, schedule, std::move(body));
   };
-  const int64_t tiles = scan.tiles();
   const ForwardResults<T> forward{pointer(out.y), pointer(out.final_state),
                                   pointer(out.saved)};
-  share(c.rows * tiles, [&](int64_t task) {
-    forward_tile<T>(scan, task / tiles, task % tiles, forward);
+  share(c.rows * c.parts, [&](int64_t task) {
+    forward_part<T>(scan, task / c.parts, task % c.parts, c.parts, forward);
   });
   const Cotangents<T> cotangents{pointer(out.saved), pointer(in.dy), pointer(in.dfinal)};
   const BackwardResults<T> backward{

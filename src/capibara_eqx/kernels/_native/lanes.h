@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace capibara {
 
@@ -126,6 +127,54 @@ inline T sum(Lanes<T> x) {
   T total = half[0];
   for (int i = 1; i < kHalf; ++i) total += half[i];
   return total;
+}
+
+// The lanes of `a`, then those of `b`, that the numbers name.
+template <typename T, int... from>
+inline Lanes<T> lanes_of(Lanes<T> a, Lanes<T> b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from...);
+#else
+  return __builtin_shuffle(a, b, Bits<T>{from...});
+#endif
+}
+
+// Lane `i` of two registers cut into runs of `kWidth` lanes, the lower halves of the runs
+// of both by turns.
+template <typename T, int kWidth>
+constexpr int by_turns(int i) {
+  constexpr int kHalf = kWidth / 2;
+  return i / kHalf % 2 * kLanes<T> + i / kWidth * kWidth + i % kHalf;
+}
+
+// The runs of `a` and `b` by turns, each folded to half its width.
+template <typename T, int kWidth, int... i>
+inline Lanes<T> folded(Lanes<T> a, Lanes<T> b, std::integer_sequence<int, i...>) {
+  return lanes_of<T, by_turns<T, kWidth>(i)...>(a, b) +
+         lanes_of<T, (by_turns<T, kWidth>(i) + kWidth / 2)...>(a, b);
+}
+
+template <typename T, int kWidth>
+inline Lanes<T> fold(Lanes<T>* x) {
+  if constexpr (kWidth == 1) {
+    return x[0];
+  } else {
+    constexpr auto kAll = std::make_integer_sequence<int, kLanes<T>>();
+#pragma GCC unroll 8
+    for (int k = 0; k < kWidth / 2; ++k) {
+      x[k] = folded<T, kWidth>(x[k], x[k + kWidth / 2], kAll);
+    }
+    return fold<T, kWidth / 2>(x);
+  }
+}
+
+// The sums over the lanes of as many registers as there are lanes, one a lane.
+template <typename T>
+inline Lanes<T> sums(const Lanes<T>* x) {
+  Lanes<T> left[kLanes<T>];
+#pragma GCC unroll 16
+  for (int k = 0; k < kLanes<T>; ++k) left[k] = x[k];
+  return fold<T, kLanes<T>>(left);
 }
 
 template <typename T>

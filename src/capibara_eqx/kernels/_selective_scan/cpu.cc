@@ -44,15 +44,27 @@ int64_t work(const Scan<T>& scan) {
   return scan.rows * scan.seq * scan.d_inner * (scan.d_state + 1);
 }
 
+// Tiles that go through the chunks together: the more, the fewer pages are looked up;
+// beyond this many their states leave the second-level cache.
+constexpr int64_t kTogether = 8;
+
 template <typename T>
 void forward(ffi::ThreadPool& pool, const Inputs& inputs,
              const ForwardResults<T>& results) {
   const Scan<T> scan = inputs.scan<T>();
   const int64_t tiles = scan.tiles();
-  const bool one_token = scan.seq == 1 && results.saved == nullptr;
-  const auto run = one_token ? step_tile<T> : forward_tile<T>;
-  run_tasks(pool, scan.rows * tiles, work(scan), [&](int64_t task) {
-    run(scan, task / tiles, task % tiles, results);
+  if (scan.seq == 1 && results.saved == nullptr) {
+    run_tasks(pool, scan.rows * tiles, work(scan), [&](int64_t task) {
+      step_tile<T>(scan, task / tiles, task % tiles, results);
+    });
+    return;
+  }
+  // A few tasks a thread, lest all wait for the last one.
+  const int64_t wanted = 4 * pool.num_threads() / std::max<int64_t>(scan.rows, 1);
+  const int64_t fewest = (tiles + kTogether - 1) / kTogether;
+  const int64_t parts = std::clamp(wanted, fewest, tiles);
+  run_tasks(pool, scan.rows * parts, work(scan), [&](int64_t task) {
+    forward_part<T>(scan, task / parts, task % parts, parts, results);
   });
 }
 

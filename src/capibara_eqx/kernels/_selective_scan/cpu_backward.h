@@ -1,6 +1,8 @@
-// The scan backward over one tile of channels of one row: chunk by chunk from the last
+// The scan backward over some tiles of channels of one row: chunk by chunk from the last
 // to the first, the states of a chunk are computed again from the one that entered it.
 #pragma once
+
+#include <vector>
 
 #include "cpu_tile.h"
 
@@ -26,13 +28,21 @@ struct Chunk {
 
   int64_t token = 0, count = 0;
   V *u, *dt, *slope, *z, *dy, *y, *du, *ddelta;
+  V *dA, *sums_B, *sums_C;  // of this chunk; of one token, a register a state
   V* decays;   // of every token
   V* states;   // before every token, and after the last
   V* nothing;  // what a token finds that is reset
 
   static size_t bytes(const Scan<T>& scan) {
     const int64_t stream = scan.chunk * kRegisters;
-    return (8 * stream + (2 * stream + 2 * kRegisters) * scan.d_state) * sizeof(V);
+    const int64_t states = kRegisters * scan.d_state;
+    return (8 * stream + 2 * stream * scan.d_state + 3 * states + 2 * sums(scan)) *
+           sizeof(V);
+  }
+
+  // States, up to whole registers of them.
+  static int64_t sums(const Scan<T>& scan) {
+    return (scan.d_state + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
   }
 
   Chunk(const Scan<T>& scan, Scratch& scratch) {
@@ -43,7 +53,12 @@ struct Chunk {
     decays = scratch.take<V>(stream * scan.d_state);
     states = scratch.take<V>((stream + kRegisters) * scan.d_state);
     nothing = scratch.take<V>(kRegisters * scan.d_state);
+    dA = scratch.take<V>(kRegisters * scan.d_state);
+    sums_B = scratch.take<V>(sums(scan));
+    sums_C = scratch.take<V>(sums(scan));
     std::fill(nothing, nothing + kRegisters * scan.d_state, V{});
+    std::fill(sums_B, sums_B + sums(scan), V{});
+    std::fill(sums_C, sums_C + sums(scan), V{});
   }
 
   const V* before(const Scan<T>& scan, int64_t row, int64_t t) const {
@@ -83,33 +98,46 @@ void refill(const Tile<T>& tile, const Lanes<T>* rates, const Chunk<T>& chunk) {
   }
 }
 
-// Sums over the tokens that have been walked through, and the cotangent of the state.
+// A tile on its way back: the cotangent of the state, and sums over the tokens that it
+// has walked through. They are taken a chunk at a time, since a sum of very many terms in
+// one go would lose their last digits.
 template <typename T>
-struct Walk {
+struct BackwardTile : Weighted<T> {
   using V = Lanes<T>;
 
   V *carry, *dA;
   V dD[kRegisters] = {}, dbias[kRegisters] = {};
 
-  static size_t bytes(const Scan<T>& scan) {
-    return 2 * scan.d_state * kRegisters * sizeof(V);
-  }
+  static size_t bytes(const Scan<T>& scan) { return 3 * Weighted<T>::bytes(scan); }
 
-  Walk(const Scan<T>& scan, Scratch& scratch) {
-    carry = scratch.take<V>(scan.d_state * kRegisters);
-    dA = scratch.take<V>(scan.d_state * kRegisters);
-    std::fill(dA, dA + scan.d_state * kRegisters, V{});
+  BackwardTile(const Scan<T>& scan, int64_t row, int64_t index, const T* dfinal,
+               Scratch& scratch)
+      : Weighted<T>(scan, row, index, scratch) {
+    const int64_t size = scan.d_state * kRegisters;
+    carry = scratch.take<V>(size);
+    dA = scratch.take<V>(size);
+    this->tile.read_states(dfinal, row, T(1), carry);
+    std::fill(dA, dA + size, V{});
   }
 };
+
+// Add the sum over the lanes of each of `count` registers to a number of its own.
+template <typename T>
+void add_sums(const Lanes<T>* x, int64_t count, T* to) {
+  for (int64_t n = 0; n < count; n += kLanes<T>) {
+    const Lanes<T> total = load_some(to + n, count - n) + sums<T>(x + n);
+    store_some(to + n, total, count - n);
+  }
+}
 
 // Walk back through a chunk. With l_t the cotangent of the state after token t,
 //   l_t = C_t dy_t + a_(t+1) l_(t+1),  dB_t += l_t dt u,  dC_t += dy_t h_t,
 //   da_t = l_t h_(t-1),  dA += dt a_t da_t,  du and ddt from the rest.
 // `rates` is A log2 e, hence the factor ln 2 at the end.
 template <typename T>
-void walk_back(const Tile<T>& tile, const Lanes<T>* rates, const Chunk<T>& chunk, T* dB,
-               T* dC, Walk<T>& walk) {
+void walk_back(const BackwardTile<T>& walk, const Chunk<T>& chunk, T* dB, T* dC) {
   using V = Lanes<T>;
+  const Tile<T>& tile = walk.tile;
   const int64_t d_state = tile.scan.d_state, size = d_state * kRegisters;
   for (int64_t t = chunk.count - 1; t >= 0; --t) {
     const int64_t at = tile.row * tile.scan.seq + chunk.token + t;
@@ -136,13 +164,15 @@ void walk_back(const Tile<T>& tile, const Lanes<T>* rates, const Chunk<T>& chunk
         through_B[v] += cotangent * B[n];
         const V decayed = cotangent * decays[i];
         const V of_exponent = decayed * before[i];
-        through_decay[v] += of_exponent * rates[i];
-        walk.dA[i] += of_exponent * step[v];
+        through_decay[v] += of_exponent * walk.rates[i];
+        chunk.dA[i] += of_exponent * step[v];
         walk.carry[i] = decayed;
       }
-      dB[(chunk.token + t) * d_state + n] += sum<T>(sum_B);
-      dC[(chunk.token + t) * d_state + n] += sum<T>(sum_C);
+      chunk.sums_B[n] = sum_B;
+      chunk.sums_C[n] = sum_C;
     }
+    add_sums<T>(chunk.sums_B, d_state, dB + (chunk.token + t) * d_state);
+    add_sums<T>(chunk.sums_C, d_state, dC + (chunk.token + t) * d_state);
     if (before == chunk.nothing) std::fill(walk.carry, walk.carry + size, V{});
     for (int v = 0; v < kRegisters; ++v) {
       const int64_t i = t * kRegisters + v;
@@ -166,65 +196,50 @@ void through_gate(const Tile<T>& tile, const Lanes<T>* skip, const Chunk<T>& chu
   tile.write(chunk.z, chunk.token, chunk.count, results.z);
 }
 
-// One chunk, whose first states are already in `chunk.states`.
+// One chunk of one tile.
 template <typename T>
-void chunk_back(const Tile<T>& tile, const Lanes<T>* rates, T rate, const Lanes<T>* bias,
-                const Lanes<T>* skip, const Chunk<T>& chunk, const T* dy, T* dB, T* dC,
-                Walk<T>& walk, const BackwardResults<T>& results) {
+void backward_chunk(BackwardTile<T>& walk, const Chunk<T>& chunk,
+                    const Cotangents<T>& cotangents, T* dB, T* dC,
+                    const BackwardResults<T>& results) {
+  const Tile<T>& tile = walk.tile;
   const Scan<T>& scan = tile.scan;
+  const int64_t size = scan.d_state * kRegisters;
+  for (int64_t n = 0; n < scan.d_state; ++n) {
+    const int64_t from = tile.saved_at(chunk.token / scan.chunk, n);
+    tile.copy(cotangents.saved + from, reinterpret_cast<T*>(chunk.states + n * kRegisters));
+  }
   tile.read(scan.u, chunk.token, chunk.count, chunk.u);
   tile.read(scan.delta, chunk.token, chunk.count, chunk.dt);
-  tile.read(dy, chunk.token, chunk.count, chunk.dy);
-  const T step = prepare_steps<T>(tile, bias, chunk.count, chunk.dt, chunk.slope);
-  if (bounded<T>(step, rate)) {
-    refill<T, true>(tile, rates, chunk);
+  tile.read(cotangents.y, chunk.token, chunk.count, chunk.dy);
+  const T step = prepare_steps<T>(tile, walk.bias, chunk.count, chunk.dt, chunk.slope);
+  if (bounded<T>(step, walk.rate)) {
+    refill<T, true>(tile, walk.rates, chunk);
   } else {
-    refill<T, false>(tile, rates, chunk);
+    refill<T, false>(tile, walk.rates, chunk);
   }
-  if (scan.z != nullptr) through_gate<T>(tile, skip, chunk, results);
-  walk_back<T>(tile, rates, chunk, dB, dC, walk);
+  if (scan.z != nullptr) through_gate<T>(tile, walk.skip, chunk, results);
+  std::fill(chunk.dA, chunk.dA + size, Lanes<T>{});
+  walk_back<T>(walk, chunk, dB, dC);
+  for (int64_t i = 0; i < size; ++i) walk.dA[i] += chunk.dA[i];
+  Lanes<T> dD[kRegisters] = {}, dbias[kRegisters] = {};
   for (int64_t i = 0; i < chunk.count * kRegisters; ++i) {
     const int v = i % kRegisters;
-    chunk.du[i] += skip[v] * chunk.dy[i];
+    chunk.du[i] += walk.skip[v] * chunk.dy[i];
     chunk.ddelta[i] *= chunk.slope[i];
-    walk.dD[v] += chunk.dy[i] * chunk.u[i];
-    walk.dbias[v] += chunk.ddelta[i];
+    dD[v] += chunk.dy[i] * chunk.u[i];
+    dbias[v] += chunk.ddelta[i];
+  }
+  for (int v = 0; v < kRegisters; ++v) {
+    walk.dD[v] += dD[v];
+    walk.dbias[v] += dbias[v];
   }
   tile.write(chunk.du, chunk.token, chunk.count, results.u);
   tile.write(chunk.ddelta, chunk.token, chunk.count, results.delta);
 }
 
 template <typename T>
-void backward_tile(const Scan<T>& scan, int64_t row, int64_t index,
-                   const Cotangents<T>& cotangents, T* dB, T* dC,
-                   const BackwardResults<T>& results) {
-  using V = Lanes<T>;
-  const Tile<T> tile(scan, row, index);
-  const int64_t size = scan.d_state * kRegisters;
-  Scratch& scratch = Scratch::of_this_thread();
-  scratch.reserve(size * sizeof(V) + Chunk<T>::bytes(scan) + Walk<T>::bytes(scan));
-  V* rates = scratch.take<V>(size);
-  Chunk<T> chunk(scan, scratch);
-  Walk<T> walk(scan, scratch);
-
-  V bias[kRegisters], skip[kRegisters];
-  tile.read_weights(scan.delta_bias, bias);
-  tile.read_weights(scan.D, skip);
-  tile.read_states(scan.A, tile.group, kLog2e<T>, rates);
-  const T rate = largest_rate<T>(rates, size);
-  tile.read_states(cotangents.final_state, row, T(1), walk.carry);
-
-  for (int64_t at = scan.chunks() - 1; at >= 0; --at) {
-    chunk.token = at * scan.chunk;
-    chunk.count = std::min(scan.chunk, scan.seq - chunk.token);
-    for (int64_t n = 0; n < scan.d_state; ++n) {
-      T* into = reinterpret_cast<T*>(chunk.states + n * kRegisters);
-      tile.copy(cotangents.saved + tile.saved_at(at, n), into);
-    }
-    chunk_back<T>(tile, rates, rate, bias, skip, chunk, cotangents.y, dB, dC, walk,
-                  results);
-  }
-
+void finish(const BackwardTile<T>& walk, const BackwardResults<T>& results) {
+  const Tile<T>& tile = walk.tile;
   tile.write_states(walk.dA, results.A);
   if (results.D != nullptr) tile.write_row(walk.dD, results.D);
   if (results.delta_bias != nullptr) tile.write_row(walk.dbias, results.delta_bias);
@@ -238,16 +253,27 @@ void backward_tile(const Scan<T>& scan, int64_t row, int64_t index,
 template <typename T>
 void backward_part(const Scan<T>& scan, int64_t row, int64_t part,
                    const Cotangents<T>& cotangents, const BackwardResults<T>& results) {
-  const int64_t size = scan.seq * scan.d_state;
-  T* dB = results.B + (row * results.parts + part) * size;
-  T* dC = results.C + (row * results.parts + part) * size;
-  std::fill(dB, dB + size, T(0));
-  std::fill(dC, dC + size, T(0));
-  const int64_t tiles = scan.tiles();
-  for (int64_t tile = tiles * part / results.parts;
-       tile < tiles * (part + 1) / results.parts; ++tile) {
-    backward_tile<T>(scan, row, tile, cotangents, dB, dC, results);
+  const int64_t sums = scan.seq * scan.d_state;
+  T* dB = results.B + (row * results.parts + part) * sums;
+  T* dC = results.C + (row * results.parts + part) * sums;
+  std::fill(dB, dB + sums, T(0));
+  std::fill(dC, dC + sums, T(0));
+  const int64_t first = scan.tiles() * part / results.parts;
+  const int64_t end = scan.tiles() * (part + 1) / results.parts;
+  Scratch& scratch = Scratch::of_this_thread();
+  scratch.reserve(Chunk<T>::bytes(scan) + (end - first) * BackwardTile<T>::bytes(scan));
+  Chunk<T> chunk(scan, scratch);
+  std::vector<BackwardTile<T>> tiles;
+  tiles.reserve(end - first);
+  for (int64_t i = first; i < end; ++i) {
+    tiles.emplace_back(scan, row, i, cotangents.final_state, scratch);
   }
+  for (int64_t at = scan.chunks() - 1; at >= 0; --at) {
+    chunk.token = at * scan.chunk;
+    chunk.count = std::min(scan.chunk, scan.seq - chunk.token);
+    for (auto& tile : tiles) backward_chunk<T>(tile, chunk, cotangents, dB, dC, results);
+  }
+  for (const auto& tile : tiles) finish<T>(tile, results);
 }
 
 }  // namespace capibara

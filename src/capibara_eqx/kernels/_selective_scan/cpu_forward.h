@@ -1,5 +1,7 @@
-// The scan forward over one tile of channels of one row.
+// The scan forward over some tiles of channels of one row.
 #pragma once
+
+#include <vector>
 
 #include "cpu_tile.h"
 
@@ -41,56 +43,88 @@ void advance(const Tile<T>& tile, int64_t token, int64_t count, const Lanes<T>* 
   }
 }
 
+// A tile on its way through the chunks.
 template <typename T>
-void forward_tile(const Scan<T>& scan, int64_t row, int64_t index,
-                  const ForwardResults<T>& results) {
+struct ForwardTile : Weighted<T> {
   using V = Lanes<T>;
-  const Tile<T> tile(scan, row, index);
-  const int64_t states_size = scan.d_state * kRegisters;
-  const int64_t chunk_size = scan.chunk * kRegisters;
+
+  V* states;
+
+  static size_t bytes(const Scan<T>& scan) { return 2 * Weighted<T>::bytes(scan); }
+
+  ForwardTile(const Scan<T>& scan, int64_t row, int64_t index, Scratch& scratch)
+      : Weighted<T>(scan, row, index, scratch),
+        states(scratch.take<V>(scan.d_state * kRegisters)) {
+    if (scan.initial_state != nullptr) {
+      this->tile.read_states(scan.initial_state, row, T(1), states);
+    } else {
+      std::fill(states, states + scan.d_state * kRegisters, V{});
+    }
+  }
+};
+
+// What a thread keeps of the streams of the chunk that it walks through.
+template <typename T>
+struct Streams {
+  using V = Lanes<T>;
+
+  V *u, *dt, *z, *y;
+
+  static size_t bytes(const Scan<T>& scan) {
+    return 4 * scan.chunk * kRegisters * sizeof(V);
+  }
+
+  Streams(const Scan<T>& scan, Scratch& scratch) {
+    for (V** buffer : {&u, &dt, &z, &y}) {
+      *buffer = scratch.take<V>(scan.chunk * kRegisters);
+    }
+  }
+};
+
+template <typename T>
+void forward_chunk(const ForwardTile<T>& at, int64_t chunk, const Streams<T>& streams,
+                   const ForwardResults<T>& results) {
+  const auto [u, dt, z, y] = streams;
+  const Tile<T>& tile = at.tile;
+  const Scan<T>& scan = tile.scan;
+  const int64_t token = chunk * scan.chunk;
+  const int64_t count = std::min(scan.chunk, scan.seq - token);
+  if (results.saved != nullptr) {
+    for (int64_t n = 0; n < scan.d_state; ++n) {
+      tile.copy_out(at.states + n * kRegisters, results.saved + tile.saved_at(chunk, n));
+    }
+  }
+  tile.read(scan.u, token, count, u);
+  tile.read(scan.delta, token, count, dt);
+  const T step = prepare_steps<T>(tile, at.bias, count, dt, nullptr);
+  const auto run = bounded<T>(step, at.rate) ? advance<T, true> : advance<T, false>;
+  run(tile, token, count, at.rates, dt, u, at.states, y);
+  if (scan.D != nullptr) {
+    for (int64_t i = 0; i < count * kRegisters; ++i) y[i] += at.skip[i % kRegisters] * u[i];
+  }
+  if (scan.z != nullptr) {
+    tile.read(scan.z, token, count, z);
+    for (int64_t i = 0; i < count * kRegisters; ++i) y[i] *= z[i] * sigmoid<T>(z[i]);
+  }
+  tile.write(y, token, count, results.y);
+}
+
+// Part `part` of `parts` of the tiles of a row.
+template <typename T>
+void forward_part(const Scan<T>& scan, int64_t row, int64_t part, int64_t parts,
+                  const ForwardResults<T>& results) {
+  const int64_t first = scan.tiles() * part / parts;
+  const int64_t end = scan.tiles() * (part + 1) / parts;
   Scratch& scratch = Scratch::of_this_thread();
-  scratch.reserve((2 * states_size + 4 * chunk_size) * sizeof(V));
-  V* rates = scratch.take<V>(states_size);
-  V* states = scratch.take<V>(states_size);
-  V* u = scratch.take<V>(chunk_size);
-  V* dt = scratch.take<V>(chunk_size);
-  V* z = scratch.take<V>(chunk_size);
-  V* y = scratch.take<V>(chunk_size);
-
-  V bias[kRegisters], skip[kRegisters];
-  tile.read_weights(scan.delta_bias, bias);
-  tile.read_weights(scan.D, skip);
-  tile.read_states(scan.A, tile.group, kLog2e<T>, rates);
-  const T rate = largest_rate<T>(rates, states_size);
-  if (scan.initial_state != nullptr) {
-    tile.read_states(scan.initial_state, row, T(1), states);
-  } else {
-    std::fill(states, states + states_size, V{});
-  }
-
+  scratch.reserve(Streams<T>::bytes(scan) + (end - first) * ForwardTile<T>::bytes(scan));
+  const Streams<T> streams(scan, scratch);
+  std::vector<ForwardTile<T>> tiles;
+  tiles.reserve(end - first);
+  for (int64_t i = first; i < end; ++i) tiles.emplace_back(scan, row, i, scratch);
   for (int64_t chunk = 0; chunk < scan.chunks(); ++chunk) {
-    const int64_t token = chunk * scan.chunk;
-    const int64_t count = std::min(scan.chunk, scan.seq - token);
-    if (results.saved != nullptr) {
-      for (int64_t n = 0; n < scan.d_state; ++n) {
-        tile.copy_out(states + n * kRegisters, results.saved + tile.saved_at(chunk, n));
-      }
-    }
-    tile.read(scan.u, token, count, u);
-    tile.read(scan.delta, token, count, dt);
-    const T step = prepare_steps<T>(tile, bias, count, dt, nullptr);
-    const auto run = bounded<T>(step, rate) ? advance<T, true> : advance<T, false>;
-    run(tile, token, count, rates, dt, u, states, y);
-    if (scan.D != nullptr) {
-      for (int64_t i = 0; i < count * kRegisters; ++i) y[i] += skip[i % kRegisters] * u[i];
-    }
-    if (scan.z != nullptr) {
-      tile.read(scan.z, token, count, z);
-      for (int64_t i = 0; i < count * kRegisters; ++i) y[i] *= z[i] * sigmoid<T>(z[i]);
-    }
-    tile.write(y, token, count, results.y);
+    for (const auto& tile : tiles) forward_chunk<T>(tile, chunk, streams, results);
   }
-  tile.write_states(states, results.final_state);
+  for (const auto& at : tiles) at.tile.write_states(at.states, results.final_state);
 }
 
 }  // namespace capibara

@@ -149,6 +149,31 @@ T largest_rate(const Lanes<T>* rates, int64_t count) {
   return largest<T>(most);
 }
 
+// A tile with its weights at hand. Several tiles of a row go through a chunk one after
+// the other before the first goes on to the next chunk: their channels are neighbours in
+// memory, and the rows of a chunk, a page apart or more, are looked up once for all.
+template <typename T>
+struct Weighted {
+  using V = Lanes<T>;
+
+  Tile<T> tile;
+  V* rates;  // A log2 e
+  T rate;    // the largest
+  V bias[kRegisters], skip[kRegisters];
+
+  static size_t bytes(const Scan<T>& scan) {
+    return scan.d_state * kRegisters * sizeof(V);
+  }
+
+  Weighted(const Scan<T>& scan, int64_t row, int64_t index, Scratch& scratch)
+      : tile(scan, row, index), rates(scratch.take<V>(scan.d_state * kRegisters)) {
+    tile.read_weights(scan.delta_bias, bias);
+    tile.read_weights(scan.D, skip);
+    tile.read_states(scan.A, tile.group, kLog2e<T>, rates);
+    rate = largest_rate<T>(rates, scan.d_state * kRegisters);
+  }
+};
+
 template <typename T, bool kBounded>
 inline Lanes<T> decay(Lanes<T> step, Lanes<T> rate) {
   if constexpr (kBounded) {
