@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import time
 
 import pytest
 from support.processes import run_python
@@ -78,6 +79,17 @@ def test_a_compiler_that_hangs_is_given_up(machine, monkeypatch):
     with pytest.warns(UserWarning, match="timed out"):
         machine.assert_unavailable("timed out")
     machine.assert_nothing_left()
+
+
+def test_what_a_hanging_compiler_has_started_ends_with_it(machine, monkeypatch):
+    monkeypatch.setattr(_compiler, "_TIMEOUT_S", 0.2)
+    survived = machine.folder / "survived"
+    machine.behave(f"(sleep 0.6; touch {shlex.quote(str(survived))}) & wait; exit 1")
+    with pytest.warns(UserWarning, match="timed out"):
+        machine.assert_unavailable("timed out")
+    time.sleep(0.8)
+    assert machine.calls() == 1
+    assert not survived.exists()
 
 
 def test_a_compiler_that_hangs_before_it_compiles_is_given_up(machine, monkeypatch):

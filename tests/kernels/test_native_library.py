@@ -1,6 +1,7 @@
 """The cache of compiled libraries: when one is used, made again, or done without."""
 
 import concurrent.futures
+import ctypes
 import hashlib
 import os
 import resource
@@ -235,6 +236,32 @@ def test_a_cache_that_takes_nothing_serves_this_process(machine, monkeypatch, pl
     for compiled in (1, 2):
         assert machine.answer() == 42
         assert machine.calls() == compiled
+    machine.assert_nothing_left()
+
+
+@pytest.mark.parametrize("place", ["cache", "scratch"])
+def test_a_folder_that_may_hold_no_programs(machine, monkeypatch, place):
+    folder, load = getattr(machine, place), ctypes.CDLL
+
+    def mounted_noexec(path):
+        if folder in Path(path).parents:
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    for _ in range(2):
+        assert machine.answer() == 42
+        assert machine.calls() == 1
+        machine.assert_whole()
+
+
+def test_nowhere_may_programs_be(machine, monkeypatch):
+    def mounted_noexec(path):
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr(ctypes, "CDLL", mounted_noexec)
+    with pytest.warns(UserWarning, match="failed to map segment"):
+        machine.assert_unavailable("failed to map segment")
     machine.assert_nothing_left()
 
 

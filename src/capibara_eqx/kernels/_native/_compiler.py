@@ -4,7 +4,9 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -64,21 +66,40 @@ class Compiler:
         includes += ["-isystem", jax.ffi.include_dir()]
         command = [*self.command, *_FLAGS, *includes, str(source), "-o", str(target)]
         try:
-            result = subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT_S,
-            )
+            status, _, message = _run(command)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompileError(f"{self.command[0]} failed: {error}") from None
-        if result.returncode != 0 or not target.exists():
+        if status != 0 or not target.exists():
             raise CompileError(
-                f"{self.command[0]} failed with exit status {result.returncode}:\n"
-                f"{result.stderr.strip()}\nThe command was: {shlex.join(command)}"
+                f"{self.command[0]} failed with exit status {status}:\n"
+                f"{message.strip()}\nThe command was: {shlex.join(command)}"
             )
+
+
+def _run(command: Sequence[str]) -> tuple[int, str, str]:
+    """Exit status, output and messages of a command, which never outlives this call.
+
+    **Raises:**
+
+    `OSError` if it cannot be started, `TimeoutExpired` if it hangs.
+    """
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        # A group of its own: a compiler is a driver that starts others.
+        start_new_session=True,
+    ) as process:
+        try:
+            output, message = process.communicate(timeout=_TIMEOUT_S)
+        except BaseException:
+            # An interrupt too: it reaches no other session.
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, output, message
 
 
 def sources(source: Path) -> list[Path]:
@@ -101,18 +122,11 @@ def find_compiler() -> Compiler | None:
         if path is None:
             continue
         try:
-            told = subprocess.run(
-                [path, *command[1:], "--version"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=_TIMEOUT_S,
-            )
+            _, told, _ = _run([path, *command[1:], "--version"])
         except (OSError, subprocess.TimeoutExpired):
             continue
         # One that cannot even tell its version says why when it is to compile.
-        return Compiler((path, *command[1:]), told.stdout)
+        return Compiler((path, *command[1:]), told)
     return None
 
 

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import shutil
 import tempfile
 import threading
 import warnings
@@ -76,13 +77,29 @@ def _kept_or_built(compiler: Compiler, source: Path) -> ctypes.CDLL:
     folder = cache_folder()
     kept = None if folder is None else read_library(folder, name)
     if kept is not None:
-        return ctypes.CDLL(str(kept))
+        return _open(kept, Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix="capibara-eqx-") as scratch:
         built = Path(scratch) / "library.so"
         compiler.compile(source, built)
         # Loaded before it is kept: what does not load is of no use to others. A loaded
         # file may be deleted.
-        library = ctypes.CDLL(str(built))
+        library = _open(built, folder)
         if folder is not None:
             write_library(folder, name, built)
     return library
+
+
+def _open(path: Path, elsewhere: Path | None) -> ctypes.CDLL:
+    """Load a library, by a copy `elsewhere` if its folder may hold no programs.
+
+    Caches and folders for temporary files are sometimes mounted so (noexec).
+    """
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        if elsewhere is None:
+            raise
+        prefix = "capibara-eqx-"
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=elsewhere) as scratch:
+            copy = shutil.copyfile(path, Path(scratch) / path.name)
+            return ctypes.CDLL(str(copy))
