@@ -1,7 +1,10 @@
 """Which kernel of an operation serves which platform."""
 
+import functools
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from platform import machine, processor
 from typing import Any
 
 import jax
@@ -15,6 +18,20 @@ def platform() -> str:
     """The platform that jax runs on, by the name that it is lowered for."""
     found = jax.default_backend()
     return "cuda" if found == "gpu" else found
+
+
+@functools.cache
+def device_kind() -> str:
+    """The kind of device that jax runs on; of a CPU, the model of the processor."""
+    if jax.default_backend() != "cpu":
+        return jax.devices()[0].device_kind
+    # Linux tells it here alone, other systems there.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    models = [line for line in lines if line.startswith("model name")]
+    if models:
+        return models[0].partition(":")[2].strip()
+    return processor() or machine()
 
 
 def serving(names: Sequence[str], name: str | None) -> str:

@@ -2,10 +2,10 @@
 
 Every fused backend is a module with three functions:
 
-- `refusal(operands, chunk)`: why it cannot serve such operands (a string), or `None`;
-- `forward(operands, softplus, chunk, save)`: `(y, final_state, saved)`, where `saved`
-  are the states that enter each chunk of `chunk` tokens, or `None` unless `save`;
-- `backward(operands, saved, dy, dfinal_state, softplus, chunk)`: the cotangents.
+- `refusal(operands, sizes)`: why it cannot serve such operands (a string), or `None`;
+- `forward(operands, softplus, sizes, save)`: `(y, final_state, saved)`, where `saved`
+  are the states that enter each chunk of `sizes.chunk` tokens, or `None` unless `save`;
+- `backward(operands, saved, dy, dfinal_state, softplus, sizes)`: the cotangents.
 """
 
 import math

@@ -16,6 +16,7 @@ from .._pallas_gpu_launch import LANES, Launch, Stream, launch, struct_like
 from ._operands import Operands, saved_shape
 from ._pallas_gpu_backward import adjoint_body, backward_body
 from ._pallas_gpu_forward import Form, forward_body
+from ._tuning import Sizes
 
 
 # What one block may take of a Hopper processor's shared memory, and what leaves room
@@ -37,7 +38,7 @@ _ALIGNMENT = 1024
 
 
 class Tiles(NamedTuple):
-    """How the work is cut; chosen by `tiles_for` unless given."""
+    """How the work is cut; `tiles_for` chooses."""
 
     group: int  # states of a channel in registers at a time, 8 or 16
     tokens: int  # tokens whose states are; times `group` 64, but for the interpreter
@@ -45,20 +46,24 @@ class Tiles(NamedTuple):
     splits: int  # parts of a row that run side by side
 
 
-def tiles_for(operands: Operands, chunk: int) -> Tiles:
-    """Tiles that leave room for two blocks on a processor, or else for one.
+def tiles_for(operands: Operands, sizes: Sizes) -> Tiles:
+    """Tiles as `sizes` say, if shared memory has room for such.
 
-    Not tuned: no measurement on a GPU stands behind the order of preference. Behind the
-    limits does what the compiler says for `sm_90a`: with 16 states, four tokens and
-    chunks of 16, forward takes 110 to 168 registers a thread, backward all 255 and
-    spills none.
+    If not, such that leave room for two blocks on a processor, or else for one. No
+    measurement on a GPU stands behind this order of preference. Behind the limits does
+    what the compiler says for `sm_90a`: with 16 states, four tokens and chunks of 16,
+    forward takes 110 to 168 registers a thread, backward all 255 and spills none.
     """
     groups = [g for g in (16, 8) if _up(operands.A.shape[-1], 8) % g == 0]
     options = [(group, stages) for stages in (2, 1) for group in groups]
-    sizes = {option: shared_bytes(operands, chunk, *option) for option in options}
-    small = [option for option in options if sizes[option] <= _SHARED_BY_TWO]
-    group, stages = small[0] if small else min(options, key=lambda o: sizes[o])
-    splits = _splits(operands, chunk)
+    needed = {o: shared_bytes(operands, sizes.chunk, *o) for o in options}
+    small = [option for option in options if needed[option] <= _SHARED_BY_TWO]
+    group, stages = small[0] if small else min(options, key=needed.__getitem__)
+    if sizes.group in groups and sizes.stages is not None:
+        wanted = (sizes.group, sizes.stages)
+        if shared_bytes(operands, sizes.chunk, *wanted) <= SHARED:
+            group, stages = wanted
+    splits = _splits(operands, sizes.chunk)
     return Tiles(group, _STATES_IN_REGISTERS // group, stages, splits)
 
 
@@ -130,18 +135,16 @@ class Work:
         self,
         operands: Operands,
         softplus: bool,
-        chunk: int,
-        tiles: Tiles | None,
+        sizes: Sizes,
         interpret: bool,
         dy: Float[Array, "rows seq d_inner"] | None = None,
     ):
         rows, seq, d_inner = operands.u.shape
         groups, _, d_state = operands.A.shape
-        if tiles is None:
-            tiles = tiles_for(operands, chunk)
-            if interpret:
-                # It gains nothing from more, and XLA would compile them for a minute.
-                tiles = tiles._replace(group=8, tokens=2)
+        chunk, tiles = sizes.chunk, tiles_for(operands, sizes)
+        if interpret:
+            # It gains nothing from more, and XLA would compile them for a minute.
+            tiles = tiles._replace(group=8, tokens=2)
         per_split = _ceil(_ceil(seq, chunk), tiles.splits)
         states, width = _up(d_state, 8), _up(d_inner, LANES)
         self.operands, self.tiles, self.interpret = operands, tiles, interpret

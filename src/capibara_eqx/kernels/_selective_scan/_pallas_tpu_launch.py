@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
 from ._operands import Operands
+from ._tuning import Sizes
 
 
 # What a kernel may take of VMEM: compilers allow 16 MiB, also on chips that have more.
@@ -70,23 +71,15 @@ class Form(NamedTuple):
 def form_of(
     operands: Operands,
     softplus: bool,
-    chunk: int,
-    tiles: Mapping[tuple[int, int, int], int] | None,
+    sizes: Sizes,
     *,
     backwards: bool,
     interpret: bool,
 ) -> Form:
-    """The form of a kernel for these operands.
-
-    **Arguments:**
-
-    - `tiles`: channels of a tile by `(d_inner, d_state, span)`, where they are not to
-        be as `tile_for` says.
-    """
+    """The form of a kernel for these operands, cut as `sizes` say where it can be."""
     (rows, seq, d_inner), d_state = operands.u.shape, operands.A.shape[-1]
-    span = span_of(seq, chunk)
-    key = (d_inner, d_state, span)
-    tile = (tiles or {}).get(key) or tile_for(*key)
+    span = span_of(seq, sizes.chunk)
+    tile = tile_for(d_inner, d_state, span, sizes.tile)
     per = rows // operands.A.shape[0]
     cut = (seq, span, d_inner, tile, d_state)
     return Form(softplus, rows, per, *cut, backwards=backwards, interpret=interpret)
@@ -97,9 +90,13 @@ def span_of(seq: int, chunk: int) -> int:
     return _up(min(seq, chunk), GROUP)
 
 
-def tile_for(d_inner: int, d_state: int, span: int) -> int:
-    """Channels of a tile: as many as `_STATES_A_STEP` and VMEM have room for."""
-    most = max(_STATES_A_STEP // _up(d_state, 8) // LANES, 1) * LANES
+def tile_for(d_inner: int, d_state: int, span: int, most: int | None = None) -> int:
+    """Channels of a tile, a multiple of 128 or all.
+
+    As many as `_STATES_A_STEP` has room for, or `most`, and as VMEM has.
+    """
+    if most is None:
+        most = max(_STATES_A_STEP // _up(d_state, 8) // LANES, 1) * LANES
     while most > LANES and vmem_bytes(most, d_state, span) > VMEM:
         most -= LANES
     # Tiles of equal size, and no channel beyond the last one if there is but one tile.

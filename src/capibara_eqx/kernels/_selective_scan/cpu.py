@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from .._native import Unavailable, handlers
 from ._operands import Operands, saved_shape
+from ._tuning import Sizes
 
 
 _FORWARD = "capibara_selective_scan_forward"
@@ -26,9 +27,9 @@ _PARTS = 8
 _CHANNELS = 64
 
 
-def refusal(operands: Operands, chunk: int) -> str | None:
+def refusal(operands: Operands, sizes: Sizes) -> str | None:
     """Why the C++ form cannot serve, or `None`."""
-    del operands, chunk
+    del operands, sizes
     return unavailable()
 
 
@@ -42,7 +43,7 @@ def unavailable() -> str | None:
 
 
 def forward(
-    operands: Operands, softplus: bool, chunk: int, save: bool
+    operands: Operands, softplus: bool, sizes: Sizes, save: bool
 ) -> tuple[
     Float[Array, "rows seq d_inner"],
     Float[Array, "rows d_inner d_state"],
@@ -52,10 +53,11 @@ def forward(
     dtype = operands.A.dtype
     rows, _, d_inner = operands.u.shape
     final = (rows, d_inner, operands.A.shape[-1])
-    saved = saved_shape(operands, chunk) if save else (0,)
+    saved = saved_shape(operands, sizes.chunk) if save else (0,)
     shapes = [operands.u.shape, final, saved]
     call = jax.ffi.ffi_call(_FORWARD, [jax.ShapeDtypeStruct(s, dtype) for s in shapes])
-    y, final_state, saved = call(*_dense(operands), softplus=softplus, chunk=chunk)
+    out = call(*_dense(operands), softplus=softplus, chunk=sizes.chunk)
+    y, final_state, saved = out
     return y.astype(operands.u.dtype), final_state, saved if save else None
 
 
@@ -65,7 +67,7 @@ def backward(
     dy: Float[Array, "rows seq d_inner"],
     dfinal_state: Float[Array, "rows d_inner d_state"],
     softplus: bool,
-    chunk: int,
+    sizes: Sizes,
 ) -> Operands:
     """See `_operands`."""
     dtype = operands.A.dtype
@@ -82,7 +84,7 @@ def backward(
     ]
     call = jax.ffi.ffi_call(_BACKWARD, results)
     cotangents = (saved, dy.astype(dtype), dfinal_state)
-    out = call(*_dense(operands), *cotangents, softplus=softplus, chunk=chunk)
+    out = call(*_dense(operands), *cotangents, softplus=softplus, chunk=sizes.chunk)
     du, ddelta, dA, dB, dC, *optional = out
     present = zip(optional, operands[5:-1], strict=True)
     return Operands(

@@ -12,7 +12,7 @@ from .._carry import alike
 from .._closure import Backend, Closure, Operation
 from . import xla
 from ._operands import Operands, pack, saved_shape
-from ._tuning import chunk_for
+from ._tuning import Sizes, sizes_for
 
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -23,7 +23,7 @@ class _Static(NamedTuple):
     """What is fixed when the scan is traced; no `implementation` is the platform's."""
 
     softplus: bool
-    chunk: int
+    sizes: Sizes
     implementation: str | None
 
 
@@ -37,7 +37,7 @@ def _results(operands: Operands, static: _Static):
 
 
 def _saved(operands: Operands, static: _Static):
-    shape = saved_shape(operands, static.chunk)
+    shape = saved_shape(operands, static.sizes.chunk)
     return jax.ShapeDtypeStruct(shape, operands.A.dtype)
 
 
@@ -46,23 +46,23 @@ def _plain(operands: Operands, static: _Static):
 
 
 def _backend(platform: str | None, operands: Operands, static: _Static):
-    softplus, chunk, name = static
+    softplus, sizes, name = static
     selected = _backends.select(
         _PACKAGE,
         NAMES,
         platform,
         name,
-        lambda module: module.refusal(operands, chunk),
+        lambda module: module.refusal(operands, sizes),
     )
     if selected is None:
         return None
     module, options = selected
 
     def forward(operands, save):
-        return module.forward(operands, softplus, chunk, save, **options)
+        return module.forward(operands, softplus, sizes, save, **options)
 
     def backward(operands, saved, cotangents):
-        return module.backward(operands, saved, *cotangents, softplus, chunk, **options)
+        return module.backward(operands, saved, *cotangents, softplus, sizes, **options)
 
     return Backend(forward, backward)
 
@@ -98,9 +98,9 @@ def selective_scan(
     initial_state: Float[Array, "*batch d_inner d_state"] | None,
     reset: Bool[Array, "*batch seq"] | None,
     *,
-    chunk: int | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[Float[Array, "*batch seq d_inner"], Float[Array, "*batch d_inner d_state"]]:
-    """`kernels.selective_scan` by a fused kernel, `chunk` tokens at a time.
+    """`kernels.selective_scan` by a fused kernel, cut as `sizes` say, if given.
 
     **Raises:**
 
@@ -109,10 +109,10 @@ def selective_scan(
     """
     serving = _backends.serving(NAMES, name)
     operands = pack(u, delta, A, B, C, D, z, delta_bias, initial_state, reset)
-    if chunk is None:
-        chunk = chunk_for(serving, u.shape[-2])
+    if sizes is None:
+        sizes = sizes_for(serving, u.shape[-2])
     _backends.require(
-        _PACKAGE, serving, u, lambda module: module.refusal(operands, chunk)
+        _PACKAGE, serving, u, lambda module: module.refusal(operands, sizes)
     )
-    y, state = _scan(alike(operands), _Static(delta_softplus, chunk, name))
+    y, state = _scan(alike(operands), _Static(delta_softplus, sizes, name))
     return y.reshape(u.shape), state.reshape(*u.shape[:-2], *A.shape)

@@ -18,17 +18,16 @@ from jaxtyping import Array, Float
 from .._pallas_gpu_launch import unavailable
 from ._operands import Operands
 from ._pallas_gpu_step import step
-from ._pallas_gpu_work import SHARED, Tiles, Work, shared_bytes, tiles_for
+from ._pallas_gpu_work import SHARED, Work, shared_bytes, tiles_for
+from ._tuning import Sizes
 
 
 _STREAMS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
 
 
-def refusal(
-    operands: Operands, chunk: int, *, tiles: Tiles | None = None
-) -> str | None:
+def refusal(operands: Operands, sizes: Sizes) -> str | None:
     """Why these operands cannot be served, or `None`."""
-    reason = unavailable()
+    reason, chunk = unavailable(), sizes.chunk
     if reason is not None:
         return reason
     if chunk % 8 or not 0 < chunk <= 256:
@@ -42,7 +41,7 @@ def refusal(
         if value.dtype not in allowed:
             names = " or ".join(str(dtype) for dtype in allowed)
             return f"`{name}` must be {names}, not {value.dtype}"
-    tiles = tiles_for(operands, chunk) if tiles is None else tiles
+    tiles = tiles_for(operands, sizes)
     needed = shared_bytes(operands, chunk, tiles.group, tiles.stages)
     if needed > SHARED:
         states = operands.A.shape[-1]
@@ -56,11 +55,10 @@ def refusal(
 def forward(
     operands: Operands,
     softplus: bool,
-    chunk: int,
+    sizes: Sizes,
     save: bool,
     *,
     interpret: bool = False,
-    tiles: Tiles | None = None,
 ) -> tuple[
     Float[Array, "rows seq d_inner"],
     Float[Array, "rows d_inner d_state"],
@@ -72,15 +70,14 @@ def forward(
 
     - `operands`: the arguments of the scan.
     - `softplus`: whether step sizes pass through softplus.
-    - `chunk`: the tokens between two saved states.
+    - `sizes`: how the work is cut.
     - `save`: whether to return those.
     - `interpret`: run the kernel's interpreter, on any platform.
-    - `tiles`: how to cut the work, if not as `tiles_for` says.
     """
     if operands.u.shape[1] == 1 and not save:
         # Not padded to a chunk of tokens, nor the states turned round.
         return *step(operands, softplus, interpret=interpret), None
-    work = Work(operands, softplus, chunk, tiles, interpret)
+    work = Work(operands, softplus, sizes, interpret)
     initial = operands.initial_state
     initial = None if initial is None else work.state_in(initial)
     if work.splits > 1:
@@ -100,20 +97,19 @@ def backward(
     dy: Float[Array, "rows seq d_inner"],
     dfinal_state: Float[Array, "rows d_inner d_state"],
     softplus: bool,
-    chunk: int,
+    sizes: Sizes,
     *,
     interpret: bool = False,
-    tiles: Tiles | None = None,
 ) -> Operands:
     """The cotangents of all operands but `reset`, from those of `forward`'s results.
 
     **Arguments:**
 
-    - `operands`, `softplus`, `chunk`, `interpret`, `tiles`: as of `forward`.
+    - `operands`, `softplus`, `sizes`, `interpret`: as of `forward`.
     - `saved`: the states entering each chunk, from `forward`.
     - `dy`, `dfinal_state`: the cotangents of `y` and of the final state.
     """
-    work = Work(operands, softplus, chunk, tiles, interpret, dy)
+    work = Work(operands, softplus, sizes, interpret, dy)
     dfinal = work.state_in(dfinal_state)
     if work.splits > 1:
         nothing = jnp.zeros_like(jnp.repeat(dfinal, work.splits, axis=0))

@@ -4,8 +4,6 @@ What is read once from main memory per direction is each stream, what is written
 each result; states pass through it only where a chunk begins, and only if asked for.
 """
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,6 +22,7 @@ from ._pallas_tpu_launch import (
     span_of,
     vmem_bytes,
 )
+from ._tuning import Sizes
 
 
 _STREAMS = (jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16))
@@ -34,8 +33,9 @@ def unavailable() -> str | None:
     return None
 
 
-def refusal(operands: Operands, chunk: int) -> str | None:
+def refusal(operands: Operands, sizes: Sizes) -> str | None:
     """Why these operands cannot be served, or `None`."""
+    chunk = sizes.chunk
     (_, seq, d_inner), d_state = operands.u.shape, operands.A.shape[-1]
     if 0 in (*operands.u.shape, *operands.A.shape):
         return "there is nothing to scan"
@@ -65,11 +65,10 @@ def refusal(operands: Operands, chunk: int) -> str | None:
 def forward(
     operands: Operands,
     softplus: bool,
-    chunk: int,
+    sizes: Sizes,
     save: bool,
     *,
     interpret: bool = False,
-    tiles: Mapping[tuple[int, int, int], int] | None = None,
 ) -> tuple[
     Float[Array, "rows seq d_inner"],
     Float[Array, "rows d_inner d_state"],
@@ -81,15 +80,11 @@ def forward(
 
     - `operands`: the arguments of the scan.
     - `softplus`: whether step sizes pass through softplus.
-    - `chunk`: the tokens between two saved states.
+    - `sizes`: how the work is cut.
     - `save`: whether to return those.
     - `interpret`: run the kernel's interpreter, on any platform.
-    - `tiles`: channels of a tile by `(d_inner, d_state, tokens of a padded chunk)`, a
-        multiple of 128 or all; `tile_for` chooses for what it does not name.
     """
-    form = form_of(
-        operands, softplus, chunk, tiles, backwards=False, interpret=interpret
-    )
+    form = form_of(operands, softplus, sizes, backwards=False, interpret=interpret)
     out = launch(
         form,
         forward_body,
@@ -113,22 +108,19 @@ def backward(
     dy: Float[Array, "rows seq d_inner"],
     dfinal_state: Float[Array, "rows d_inner d_state"],
     softplus: bool,
-    chunk: int,
+    sizes: Sizes,
     *,
     interpret: bool = False,
-    tiles: Mapping[tuple[int, int, int], int] | None = None,
 ) -> Operands:
     """The cotangents of all operands but `reset`, from those of `forward`'s results.
 
     **Arguments:**
 
-    - `operands`, `softplus`, `chunk`, `interpret`, `tiles`: as of `forward`.
+    - `operands`, `softplus`, `sizes`, `interpret`: as of `forward`.
     - `saved`: the states entering each chunk, from `forward`.
     - `dy`, `dfinal_state`: the cotangents of `y` and of the final state.
     """
-    form = form_of(
-        operands, softplus, chunk, tiles, backwards=True, interpret=interpret
-    )
+    form = form_of(operands, softplus, sizes, backwards=True, interpret=interpret)
     u, delta, _, B, C, D, z, delta_bias, initial_state, _ = operands
 
     def sums(operand):
