@@ -19,7 +19,11 @@ from support.precision import enable_x64
 from support.tolerances import assert_close, assert_rounded
 
 from capibara_eqx.kernels import selective_scan
-from capibara_eqx.kernels._selective_scan.specs import BENCHMARK_SPECS, TEST_SPECS
+from capibara_eqx.kernels._selective_scan.specs import (
+    BENCHMARK_SPECS,
+    TEST_SPECS,
+    Spec,
+)
 
 
 PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
@@ -138,9 +142,16 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(implementation):
     assert_close(state, want_state, dtype="float32", length=23)
 
 
+DERIVED = [
+    Spec("tiny", 2, 5, 2, 3),
+    *(pytest.param(spec, marks=pytest.mark.slow) for spec in TEST_SPECS),
+]
+
+
 @each
-def test_forward_mode_second_order_and_vmap(implementation):
-    rows = [scan_arguments((2,), 5, 2, 3, seed=seed) for seed in (1, 2)]
+@pytest.mark.parametrize("spec", DERIVED, ids=lambda spec: spec.name)
+def test_forward_mode_second_order_and_vmap(spec, implementation):
+    rows = [arguments_of(spec, seed=seed) for seed in (1, 2)]
     for row in rows:
         row["reset"] = rows[0]["reset"]
 
@@ -161,7 +172,7 @@ def test_forward_mode_second_order_and_vmap(implementation):
         want = in_float64(derivatives, rounded(known) | split_fixed(row)[1])
         one = {name: values[index] for name, values in got.items()}
         # A second derivative is a sum over pairs of tokens.
-        assert_all_close(one, want, {"u": np.zeros((25, 10))})
+        assert_all_close(one, want, {"u": np.zeros((spec.seq**2, spec.d_inner))})
 
 
 @pytest.mark.slow
