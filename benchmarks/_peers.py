@@ -13,6 +13,7 @@ import numpy as np
 
 from ._environment import cores
 from ._harness import Absent, Prepared
+from ._torch_memory import temp_bytes
 
 
 Array = np.ndarray
@@ -31,15 +32,7 @@ def mambapy_pscan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
     `Absent` if torch or mambapy is not installed.
     """
     torch = _torch()
-    pscan = _module("mambapy.pscan").pscan
-
-    def scan(u, delta, A, B, C, D):
-        decay = torch.exp(delta.unsqueeze(-1) * A)
-        entering = delta.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1)
-        states = pscan(decay, entering)
-        return (states @ C.unsqueeze(-1)).squeeze(3) + D * u
-
-    return _prepared(torch, scan, inputs, dy, lambda array: array)
+    return _prepared(torch, _mambapy_scan(torch), inputs, dy, lambda array: array)
 
 
 def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
@@ -56,11 +49,45 @@ def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
     """
     torch = _torch()
     scan = _mamba_function("mamba_selective_scan")
+    return _prepared(torch, scan, inputs, dy, _tokens_last)
 
-    def tokens_last(array):
-        return np.swapaxes(array, 1, 2) if array.ndim == 3 else array
 
-    return _prepared(torch, scan, inputs, dy, tokens_last)
+def transformers_hvp(
+    inputs: Sequence[Array], dy: Array, direction: Sequence[Array]
+) -> Prepared:
+    """A Hessian-vector product through `transformers_scan`, reverse over reverse.
+
+    **Arguments:**
+
+    - `inputs`, `dy`: as of `transformers_scan`.
+    - `direction`: what the Hessian of `sum(dy y)` is multiplied by, like `inputs`.
+
+    **Raises:**
+
+    `Absent` if torch or transformers is not installed, or has no such function.
+    """
+    torch = _torch()
+    scan = _mamba_function("mamba_selective_scan")
+    return _second_order(torch, scan, inputs, dy, direction, _tokens_last)
+
+
+def mambapy_hvp(
+    inputs: Sequence[Array], dy: Array, direction: Sequence[Array]
+) -> Prepared:
+    """The same through `mambapy_pscan`.
+
+    **Raises:**
+
+    `Absent` if torch or mambapy is not installed, or if its scan cannot be
+    differentiated twice.
+    """
+    torch = _torch()
+    scan = _mambapy_scan(torch)
+    try:
+        return _second_order(torch, scan, inputs, dy, direction, lambda array: array)
+    except RuntimeError as error:
+        reason = str(error).split(":")[0]
+        raise Absent(f"it cannot be differentiated twice: {reason}") from None
 
 
 def transformers_update(token: dict[str, Array]) -> Prepared:
@@ -117,8 +144,59 @@ def transformers_mixer(
     torch = _torch()
     if use_mambapy:
         _module("mambapy.pscan")
+    mixer = _mixer(weights, use_mambapy=use_mambapy)
+
+    def forward(*tensors):
+        *parameters, x = tensors
+        return torch.func.functional_call(mixer, _named(weights, parameters), (x,))
+
+    inputs = [*(weights[name] for name in sorted(weights)), x]
+    return _prepared(torch, forward, inputs, dy, lambda array: array)
+
+
+def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
+    """One token through transformers' Mamba layer without its norm, with its cache.
+
+    **Arguments:**
+
+    - `weights`: by the names of the float64 reference.
+    - `tokens`: `(B, L, d_model)`; the first is timed, all are judged.
+
+    **Raises:**
+
+    `Absent` if torch or transformers is not installed, or has no such cache.
+    """
+    torch = _torch()
+    mixer = _mixer(weights, use_mambapy=False)
+    parameters = [torch.from_numpy(weights[name].copy()) for name in sorted(weights)]
+    mixer.load_state_dict(_named(weights, parameters))
+    inputs = [torch.from_numpy(x[:, None].copy()) for x in tokens.swapaxes(0, 1)]
+    cache_of = getattr(_module("transformers"), "DynamicCache", None)
+    if cache_of is None:
+        raise Absent("this version of transformers has no DynamicCache")
+
+    def step(x, cache):
+        with torch.no_grad():
+            return mixer(x, cache_params=cache)
+
+    cache = cache_of(config=mixer.config)
+    step(inputs[0], cache)
+
+    def outputs(_):
+        own = cache_of(config=mixer.config)
+        return np.concatenate([step(x, own).numpy() for x in inputs], axis=1)
+
+    def run():
+        return step(inputs[0], cache)
+
+    return Prepared(run, temp_bytes=temp_bytes(torch, run), outputs=outputs)
+
+
+def _mixer(weights: dict[str, Array], *, use_mambapy: bool) -> Any:
+    """A layer of the sizes of these weights, not yet with their values."""
     module = _module("transformers.models.mamba.modeling_mamba")
-    (d_inner, d_state), d_model = weights["A_log"].shape, x.shape[-1]
+    d_inner, d_state = weights["A_log"].shape
+    d_model = weights["in_proj"].shape[1]
     config = module.MambaConfig(
         hidden_size=d_model,
         expand=d_inner // d_model,
@@ -128,16 +206,13 @@ def transformers_mixer(
         num_hidden_layers=1,
         use_mambapy=use_mambapy,
     )
-    mixer = module.MambaMixer(config, layer_idx=0).eval()
+    return module.MambaMixer(config, layer_idx=0).eval()
+
+
+def _named(weights: dict[str, Array], values: Sequence[Any]) -> dict[str, Any]:
+    """`values`, one a weight in the order of their names, under the layer's names."""
     names = [_MIXER_NAMES[name] for name in sorted(weights)]
-
-    def forward(*tensors):
-        *parameters, x = tensors
-        values = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(mixer, values, (x,))
-
-    inputs = [*(weights[name] for name in sorted(weights)), x]
-    return _prepared(torch, forward, inputs, dy, lambda array: array)
+    return dict(zip(names, values, strict=True))
 
 
 _MIXER_NAMES = {
@@ -151,6 +226,47 @@ _MIXER_NAMES = {
     "D": "D",
     "out_proj": "out_proj.weight",
 }
+
+
+def _tokens_last(array: Array) -> Array:
+    return np.swapaxes(array, 1, 2) if array.ndim == 3 else array
+
+
+def _mambapy_scan(torch: Any) -> Callable[..., Any]:
+    pscan = _module("mambapy.pscan").pscan
+
+    def scan(u, delta, A, B, C, D):
+        decay = torch.exp(delta.unsqueeze(-1) * A)
+        entering = delta.unsqueeze(-1) * B.unsqueeze(2) * u.unsqueeze(-1)
+        states = pscan(decay, entering)
+        return (states @ C.unsqueeze(-1)).squeeze(3) + D * u
+
+    return scan
+
+
+def _second_order(
+    torch: Any,
+    scan: Callable[..., Any],
+    inputs: Sequence[Array],
+    dy: Array,
+    direction: Sequence[Array],
+    layout: Callable[[Array], Array],
+) -> Prepared:
+    def tensor(array):
+        return torch.from_numpy(np.array(layout(array), order="C"))
+
+    tensors = [tensor(array).requires_grad_() for array in inputs]
+    cotangent, along = tensor(dy), [tensor(array) for array in direction]
+
+    def run():
+        y = scan(*tensors)
+        first = torch.autograd.grad(y, tensors, cotangent, create_graph=True)
+        return torch.autograd.grad(first, tensors, along)
+
+    def outputs(result):
+        return tuple(layout(x.numpy()) for x in result)
+
+    return Prepared(run, temp_bytes=temp_bytes(torch, run), outputs=outputs)
 
 
 def _prepared(
@@ -170,7 +286,11 @@ def _prepared(
             with torch.no_grad():
                 return scan(*tensors)
 
-        return Prepared(run, outputs=lambda y: layout(y.numpy()))
+        return Prepared(
+            run,
+            temp_bytes=temp_bytes(torch, run),
+            outputs=lambda y: layout(y.numpy()),
+        )
     cotangent = tensor(dy)
 
     def run_backward():
@@ -181,7 +301,9 @@ def _prepared(
         y, gradients = result
         return layout(y.numpy()), tuple(layout(g.numpy()) for g in gradients)
 
-    return Prepared(run_backward, outputs=outputs)
+    return Prepared(
+        run_backward, temp_bytes=temp_bytes(torch, run_backward), outputs=outputs
+    )
 
 
 def _mamba_function(name: str) -> Callable[..., Any]:

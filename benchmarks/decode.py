@@ -1,8 +1,9 @@
 """One decode step of a Mamba layer, beside dense products of as many weights.
 
-`mamba_step` is the layer's jitted `step`, its cache donated. `dense_product` is one
-matrix with as many elements as the layer has weights, times a vector a row of the
-batch; `layer_products` are the layer's own four matrices, each times its own vector.
+`mamba_step` is the layer's jitted `step`, its cache donated; `transformers_mixer` is
+that of transformers on PyTorch. `dense_product` is one matrix with as many elements as
+the layer has weights, times a vector a row of the batch; `layer_products` are the
+layer's own four matrices, each times its own vector.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import numpy as np
 
 from capibara_eqx.layers import Mamba
 
-from . import _oracle
+from . import _oracle, _peers
 from ._harness import (
     Contender,
     Entry,
@@ -53,6 +54,14 @@ def measure(settings: Settings) -> Iterator[Measurement]:
             Entry(
                 spec,
                 Contender("mamba_step", partial(_prepare_step, layer, tokens)),
+                partial(_oracle.mamba, layer_weights(layer), tokens),
+            ),
+            Entry(
+                spec,
+                Contender(
+                    "transformers_mixer",
+                    partial(_peers.transformers_step, layer_weights(layer), tokens),
+                ),
                 partial(_oracle.mamba, layer_weights(layer), tokens),
             ),
             Entry(

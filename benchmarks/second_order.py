@@ -1,6 +1,7 @@
 """A Hessian-vector product through the selective scan, in all six inputs.
 
-Of sum(dy y), by forward mode over reverse and by reverse over reverse.
+Of sum(dy y), by forward mode over reverse and by reverse over reverse. PyTorch, on
+which `mambapy_pscan` and `transformers_scan` run, takes part in the latter.
 """
 
 from collections.abc import Iterator
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 
 from capibara_eqx.kernels._selective_scan.specs import BENCHMARK_SPECS, Spec
 
-from . import _oracle, _plain_scans
+from . import _oracle, _peers, _plain_scans
 from ._harness import Contender, Settings, compiled, entries, race
 from ._inputs import ScanInputs, normal, scan_inputs
 from ._records import Measurement
-from .selective_scan import LIBRARY, library_scan
+from .selective_scan import LIBRARY, QUADRATIC, library_scan
 
 
 OPERATION = "selective_scan_hvp"
@@ -24,6 +25,7 @@ _QUICK = Spec("tiny", 2, 32, 8, 4)
 _SCANS = {
     **{name: library_scan(name) for name in LIBRARY},
     "plain_scan": _plain_scans.plain_scan,
+    "associative_scan": _plain_scans.associative_scan,
 }
 
 
@@ -38,15 +40,28 @@ def measure(settings: Settings) -> Iterator[Measurement]:
     )
     modes = {"forward_over_reverse": _forward, "reverse_over_reverse": _reverse}
     for mode, product in modes.items():
-        runners = entries(
-            spec._asdict(),
-            [
-                Contender(name, partial(_prepare, product, scan, inputs, direction))
-                for name, scan in _SCANS.items()
-            ],
-            partial(_oracle.selective_scan_hvp, inputs.arguments, inputs.dy, direction),
-        )
+        contenders = [
+            Contender(name, partial(_prepare, product, scan, inputs, direction))
+            for name, scan in _SCANS.items()
+        ]
+        if product is _reverse:
+            contenders += _theirs(inputs, direction, settings.quick)
+        problem = (inputs.arguments, inputs.dy, direction)
+        reference = partial(_oracle.selective_scan_hvp, *problem)
+        runners = entries(spec._asdict(), contenders, reference)
         yield from race(settings, OPERATION, mode, runners)
+
+
+def _theirs(inputs: ScanInputs, direction, quick: bool) -> list[Contender]:
+    problem = (inputs.arguments, inputs.dy, direction)
+    return [
+        Contender("mambapy_pscan", partial(_peers.mambapy_hvp, *problem)),
+        Contender(
+            "transformers_scan",
+            partial(_peers.transformers_hvp, *problem),
+            left_out=None if quick else QUADRATIC,
+        ),
+    ]
 
 
 def _forward(gradient, arguments, direction):

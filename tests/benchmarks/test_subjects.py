@@ -1,6 +1,16 @@
 import pytest
 
-from benchmarks import _harness, cores, demo_speed, layer, machine, one_token, probe
+from benchmarks import (
+    _harness,
+    cores,
+    decode,
+    demo_speed,
+    layer,
+    machine,
+    one_token,
+    probe,
+    second_order,
+)
 from benchmarks._records import Measurement
 from benchmarks.scaling import measure as measure_lengths
 from capibara_eqx.kernels._native._compiler import find_compiler
@@ -65,6 +75,23 @@ def test_one_token_by_every_implementation():
     found = measured(one_token.measure)["step"]
     assert names(found) >= {"cpu", "xla", "reference"}
     assert worst(found) < 1e-5
+
+
+@compiler
+def test_one_token_through_the_layer():
+    found = measured(decode.measure)["step"]
+    assert names(found) >= {"mamba_step", "dense_product", "layer_products"}
+    assert worst(found) < 1e-5
+
+
+@compiler
+@pytest.mark.slow
+def test_a_hessian_product_by_every_implementation():
+    found = measured(second_order.measure)
+    assert names(found["forward_over_reverse"]) >= {"cpu", "xla", "associative_scan"}
+    assert names(found["reverse_over_reverse"]) >= {"cpu", "xla", "associative_scan"}
+    for mode in found:
+        assert worst(found[mode]) < 1e-5
 
 
 @compiler
