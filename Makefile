@@ -15,7 +15,8 @@ PARALLEL := -n auto --maxprocesses=8 --dist=worksteal
 .DEFAULT_GOAL := help
 # pip must not run twice at once in the same environment.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-oldest check format notebooks bench tune docs clean
+.PHONY: help demo test test-all test-oldest test-gpu check format notebooks bench tune \
+	docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -36,6 +37,14 @@ test-all: $(STAMPS)/test ## run the tests, the slow ones too
 
 test-oldest: ## run the tests on the oldest dependencies that pyproject.toml allows
 	@$(MAKE) --no-print-directory VENV=.venv-oldest PIN=yes test
+
+# Without TF32, in which XLA multiplies float32 matrices there if it may. C++ runs on a
+# CPU alone. One process: several would divide the GPU's memory among themselves.
+test-gpu: $(STAMPS)/test ## run the kernels' tests on a GPU, where jax[cuda13] is installed
+	JAX_PLATFORMS=cuda,cpu JAX_DEFAULT_MATMUL_PRECISION=highest \
+		XLA_PYTHON_CLIENT_PREALLOCATE=false \
+		$(BIN)/python -m pytest -m "not errors" $(HOOK) \
+		--ignore-glob='*/test_native_*' tests/kernels tests/benchmarks/test_gpu.py
 
 check: $(STAMPS)/dev ## lint, formatting, types and architecture
 	$(BIN)/ruff check

@@ -12,6 +12,7 @@ from . import (
     cores,
     decode,
     demo_speed,
+    gpu,
     layer,
     layer_memory,
     layout,
@@ -42,6 +43,7 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "layout": layout.measure,
     "linear_recurrence": linear_recurrence.measure,
     "causal_conv": causal_conv.measure,
+    "gpu": gpu.measure,
 }
 
 
@@ -91,6 +93,8 @@ def _line(m: Measurement) -> str:
     if m.status != MEASURED:
         return f"{name} {m.status}: {m.reason}"
     parts = [f"{m.median_ms:>10.3f} ms", f"error {m.max_error:.1e}"]
+    if m.roofline_ms is not None:
+        parts.append(f"roofline {m.roofline_ms:.3f} ms ({m.roofline_of})")
     if m.temp_bytes is not None:
         parts.append(f"temporaries {m.temp_bytes / 2**20:.1f} MiB")
     if m.peak_rss_bytes is not None:

@@ -145,6 +145,20 @@ def _in_probes(mode: str) -> Callable[[_Measured], float]:
     return _ratio(("selective_scan", _ROW, mode), "cpu", "probe")
 
 
+def _of_roofline(mode: str) -> Callable[[_Measured], float]:
+    """Times as long as the chip needs at least; only for chips whose rates are known.
+
+    All of these are Hopper's.
+    """
+
+    def compute(measured):
+        key = ("gpu_selective_scan", "mamba_130m_batch", mode, "pallas_gpu")
+        found = measured.get(*key)
+        return _there(found.median_ms) / _there(found.roofline_ms)
+
+    return compute
+
+
 _CLAIMS = (
     _Claim(
         "probe_forward",
@@ -248,6 +262,19 @@ _CLAIMS = (
         f"The same ({_ROW_WORDS})",
         *(1.5, True, "times"),
         _layout(_ROW),
+    ),
+    _Claim(
+        "roofline_forward",
+        "Fused scan forward on a Hopper GPU, in times of its roofline (8 rows of 4096 "
+        "tokens, 1536 channels, bfloat16)",
+        *(2.0, False, "times"),
+        _of_roofline("forward"),
+    ),
+    _Claim(
+        "roofline_backward",
+        "The same, backward",
+        *(2.0, False, "times"),
+        _of_roofline("backward"),
     ),
 )
 

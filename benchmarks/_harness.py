@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._environment import Load
-from ._records import LEFT_OUT, MEASURED, MISSING, Measurement
+from ._records import LEFT_OUT, MISSING, Measurement
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,17 @@ FULL = Settings()
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contender ready to be timed: `run` returns when its result is there."""
+    """A contender ready to be timed: `run` returns when its result is there.
+
+    `calls` is how often `run` does its work; what is recorded is the mean of them.
+    """
 
     run: Callable[[], Any]
     compile_ms: float | None = None
     temp_bytes: int | None = None
     # From the result of `run`, what the reference judges; that result itself if None.
     outputs: Callable[[Any], Any] | None = None
+    calls: int = 1
 
 
 class Absent(Exception):
@@ -220,9 +224,9 @@ class _Lane:
                 break
 
     def result(self, load: float | None) -> Measurement:
-        if self.measurement.status != MEASURED:
+        if self.prepared is None:
             return self.measurement
-        times = [t * 1e3 for t in self.times]
+        times = [t * 1e3 / self.prepared.calls for t in self.times]
         return replace(
             self.measurement,
             evaluation_ms=[_rounded(t) for t in times],

@@ -23,7 +23,8 @@ class Measurement:
 
     `status` is `"measured"`, or says why there are no numbers, with the `reason`.
     `max_error` is the largest difference from a float64 reference, over the outputs,
-    in units of the largest value of the output that it is in.
+    in units of the largest value of the output that it is in. `roofline_ms` is the
+    least time that the device needs, `roofline_of` for what, or why it is not known.
     """
 
     operation: str
@@ -39,6 +40,8 @@ class Measurement:
     max_error: float | None = None
     peak_rss_bytes: int | None = None
     load_of_others: float | None = None
+    roofline_ms: float | None = None
+    roofline_of: str | None = None
 
     @property
     def key(self) -> tuple[str, str, str, str]:

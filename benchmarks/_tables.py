@@ -36,6 +36,7 @@ def tables(measurements: Sequence[Record]) -> list[str]:
         sizes = [f"{k} {v}" for k, v in own[0]["spec"].items() if k != "name"]
         lines += [f"`{own[0]['spec']['name']}`: {', '.join(sizes)}", ""]
         lines += _measurement_table(own, by_spec=False)
+        lines += _without_roofline(own)
     return lines
 
 
@@ -72,11 +73,24 @@ def _cell(measurement: Record, text: Callable[[Record], str]) -> str:
     return text(measurement) if measurement["status"] == MEASURED else "-"
 
 
+def _without_roofline(measurements: Sequence[Record]) -> list[str]:
+    """Why a table has no column for it, if it should have one."""
+    reasons = {
+        f"No roofline: {m['roofline_of']}."
+        for m in measurements
+        if m.get("roofline_of") is not None and m["roofline_ms"] is None
+    }
+    return [*sorted(reasons), ""] if reasons else []
+
+
 def _measurement_table(measurements: Sequence[Record], *, by_spec: bool) -> list[str]:
     """Times beside that of the first of the same mode, or of the row before."""
     base: dict[str, float] = {}
     rows = []
-    rates = {k: v for k, v in _RATES.items() if k in measurements[0]["spec"]}
+    rates = {
+        k: v for k, v in _RATES.items() if any(k in m["spec"] for m in measurements)
+    }
+    rooflines = any(m.get("roofline_ms") is not None for m in measurements)
     peaks = any(m["peak_rss_bytes"] is not None for m in measurements)
     for m in measurements:
         name = m["spec"]["name"] if by_spec else m["implementation"]
@@ -89,14 +103,17 @@ def _measurement_table(measurements: Sequence[Record], *, by_spec: bool) -> list
         if by_spec or m["mode"] not in base:
             base[m["mode"]] = median
         row = [*head, f"{median:.4g}", f"{ratio:.2f}"]
+        row += _roofline(m) if rooflines else []
         for key, (_, unit) in rates.items():
-            row.append(f"{m['spec'][key] / median * 1e3 / unit:,.5g}")
+            work = m["spec"].get(key)
+            row.append("" if work is None else f"{work / median * 1e3 / unit:,.5g}")
         row += [_mebibytes(m), _seconds(m)]
         if peaks:
             row.append(_mebibytes(m, "peak_rss_bytes"))
         rows.append([*row, _error(m), str(len(m["evaluation_ms"]))])
     what = "of the row above" if by_spec else "of the first"
     titles = ["mode", "shape" if by_spec else "implementation", "ms", what]
+    titles += ["roofline, ms", "share of it"] if rooflines else []
     titles += [title for title, _ in rates.values()]
     titles += ["temporaries, MiB", "compile, s"]
     titles += ["peak resident, MiB"] if peaks else []
@@ -112,6 +129,14 @@ def _table(titles: list[str], align: str, rows: list[list[str]]) -> list[str]:
 
 def _milliseconds(measurement: Record) -> str:
     return f"{measurement['median_ms']:.4g}"
+
+
+def _roofline(measurement: Record) -> list[str]:
+    least = measurement.get("roofline_ms")
+    if least is None:
+        return ["", ""]
+    share = least / measurement["median_ms"]
+    return [f"{least:.4g} ({measurement['roofline_of']})", f"{share:.0%}"]
 
 
 def _mebibytes(measurement: Record, key: str = "temp_bytes") -> str:

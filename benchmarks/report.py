@@ -11,6 +11,7 @@ from . import (
     cores,
     decode,
     demo_speed,
+    gpu,
     layer,
     layer_memory,
     layout,
@@ -45,6 +46,11 @@ _SUBJECTS = (
     linear_recurrence,
     causal_conv,
 )
+# What stands above the tables of each operation, in the order of the page.
+_HEADINGS = {
+    **{subject.OPERATION: inspect.getdoc(subject) or "" for subject in _SUBJECTS},
+    **gpu.HEADINGS,
+}
 _INTRODUCTION = """\
 # Benchmarks
 
@@ -54,8 +60,8 @@ which `make bench` adds to: every figure here has its record. Do not edit this p
 Contenders take turns within one process, so that the noise of a shared machine hits all
 alike; times are medians, without the first call. *Error* is the largest difference from
 a float64 NumPy reference in units of the largest value of that output; *temporaries* is
-what XLA allocates beside arguments and results, and is not known of others. float32
-throughout.
+what XLA, or PyTorch, allocates beside arguments and results. float32, but where a heading
+says otherwise.
 """
 
 
@@ -127,12 +133,12 @@ def _chapter(kind: str, records: Sequence[Record]) -> str:
     ]
     if bars:
         lines += ["### Bars", "", *bar_table(bars)]
-    for subject in _SUBJECTS:
-        own = [m for m in measurements if m["operation"] == subject.OPERATION]
+    for operation, heading in _HEADINGS.items():
+        own = [m for m in measurements if m["operation"] == operation]
         if not own:
             continue
-        lines += _heading(inspect.getdoc(subject) or "")
-        if subject is scaling:
+        lines += _heading(heading)
+        if operation == scaling.OPERATION:
             lines += [f"![Time and memory against length]({_image(kind)})", ""]
             lines += length_tables(own)
         else:

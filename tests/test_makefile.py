@@ -15,6 +15,8 @@ EXTRAS = {
     "demo": "train",
     "test": "test",
     "test-all": "test",
+    "test-gpu": "test",
+    "tune": "test",
     "check": "dev",
     "format": "dev",
     "notebooks": "notebooks",

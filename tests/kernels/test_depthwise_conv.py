@@ -11,6 +11,7 @@ from support.kernel_cases import (
     compiled,
     conv_arguments,
     rounded,
+    skip_if_refused,
 )
 from support.precision import enable_x64
 from support.tolerances import assert_close, assert_rounded
@@ -33,6 +34,7 @@ SHAPES = [
 
 
 def check(arguments, implementation, dtype, **static):
+    skip_if_refused(implementation, dtype)
     run = compiled("depthwise_conv", implementation, **static)
     with enable_x64(dtype == "float64"):
         inputs = cast(arguments, dtype)

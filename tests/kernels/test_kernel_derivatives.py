@@ -13,11 +13,15 @@ from support.derivatives import (
     check_second_order,
     check_third_order,
     check_vmap_of_derivatives,
+    gradient_along,
+    hessian_product,
     quick_jit,
 )
 from support.kernel_cases import (
+    FLOAT32_ONLY,
     IMPLEMENTATIONS,
     cast,
+    check_in_float32,
     conv_arguments,
     loss_pair,
     over,
@@ -114,29 +118,82 @@ def pair(case, implementation):
     return *loss_pair(operation, implementation, fixed, **static), point
 
 
+def direction(point):
+    return {name: jnp.cos(values) for name, values in point.items()}
+
+
+def first_order(loss):
+    def derivatives(point):
+        tangent = jax.jvp(loss, (point,), (direction(point),))[1]
+        return *jax.value_and_grad(loss)(point), tangent
+
+    return derivatives
+
+
+def second_order(loss):
+    def derivatives(point):
+        along = direction(point)
+        reverse = jax.grad(gradient_along(loss, along))(point)
+        return hessian_product(loss, along)(point), reverse
+
+    return derivatives
+
+
+def third_order(loss):
+    def derivative(point):
+        nested = loss
+        for _ in range(3):
+            nested = gradient_along(nested, direction(point))
+        return nested(point)
+
+    return derivative
+
+
+def of_two_points(loss):
+    def derivatives(point):
+        points = {name: jnp.stack([x, x * 0.7]) for name, x in point.items()}
+        return jax.vmap(lambda one: (first_order(loss)(one), second_order(loss)(one)))(
+            points
+        )
+
+    return derivatives
+
+
+def check(order, case, implementation):
+    wide, narrow = {
+        1: (check_first_order, first_order),
+        2: (check_second_order, second_order),
+        3: (check_third_order, third_order),
+    }[order]
+    if implementation in FLOAT32_ONLY:
+        check_in_float32(narrow, case, implementation, order)
+    else:
+        wide(*pair(case, implementation))
+
+
 @over(CASES)
 def test_first_order(case, implementation):
-    check_first_order(*pair(case, implementation))
+    check(1, case, implementation)
 
 
 @over(LONG_CASES)
 def test_first_order_across_chunks(case, implementation):
-    check_first_order(*pair(case, implementation))
+    check(1, case, implementation)
 
 
 @over(BARE_CASES)
 def test_first_order_without_options(case, implementation):
-    check_first_order(*pair(case, implementation))
+    check(1, case, implementation)
 
 
 @ruled(CASES)
 def test_second_order(case, implementation):
-    check_second_order(*pair(case, implementation))
+    check(2, case, implementation)
 
 
 @ruled(LONG_CASES)
 def test_second_order_across_chunks(case, implementation):
-    check_second_order(*pair(case, implementation))
+    check(2, case, implementation)
 
 
 @ruled(
@@ -154,11 +211,14 @@ def test_second_order_across_chunks(case, implementation):
     }
 )
 def test_third_order(case, implementation):
-    check_third_order(*pair(case, implementation))
+    check(3, case, implementation)
 
 
 @ruled(CASES)
 def test_vmap_of_derivatives(case, implementation):
+    if implementation in FLOAT32_ONLY:
+        check_in_float32(of_two_points, case, implementation, 2)
+        return
     function, oracle, point = pair(case, implementation)
     other = {name: values * 0.7 for name, values in point.items()}
     check_vmap_of_derivatives(function, oracle, [point, other])
@@ -166,6 +226,10 @@ def test_vmap_of_derivatives(case, implementation):
 
 @ruled(CASES)
 def test_gradient_through_checkpoint(case, implementation):
+    if implementation in FLOAT32_ONLY:
+        kept = lambda loss: first_order(jax.checkpoint(loss))
+        check_in_float32(kept, case, implementation, 1)
+        return
     function, oracle, point = pair(case, implementation)
     check_gradient(jax.checkpoint(function), oracle, point)
 

@@ -1,4 +1,4 @@
-"""Kernels over two devices: inside `shard_map`, and sharded by type."""
+"""Kernels over two devices, if there are two: in `shard_map`, and sharded by type."""
 
 import jax
 import jax.numpy as jnp
@@ -7,15 +7,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from support.derivatives import check_gradient
 from support.kernel_cases import (
+    FLOAT32_ONLY,
     FUNCTIONS,
+    assert_all_close,
+    cast,
     conv_arguments,
     loss_pair,
     over,
     recurrence_arguments,
+    rounded,
     scan_arguments,
     smooth_loss,
     split_fixed,
 )
+from support.precision import enable_x64
+
+
+DEVICES = min(2, len(jax.devices()))
 
 
 CASES = {
@@ -72,7 +80,7 @@ starts = pytest.mark.parametrize("start", ["given", "fresh"])
 @over(CASES)
 def test_gradient_through_shard_map(case, implementation, axis_type, start):
     operation, smooth, fixed, static = parts(case, start)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
     place = placer(mesh)
     arguments = {**smooth, **fixed}
 
@@ -85,14 +93,21 @@ def test_gradient_through_shard_map(case, implementation, axis_type, start):
         in_specs=({n: spec(n) for n in arguments},),
         out_specs=(P("data"), P("data")),
     )
+
+    def loss(point):
+        return smooth_loss(jnp, sharded({**point, **place(fixed)}))
+
     _, oracle = loss_pair(operation, implementation, fixed, **static)
     with jax.set_mesh(mesh):
-        check_gradient(
-            lambda point: smooth_loss(jnp, sharded({**point, **place(fixed)})),
-            oracle,
-            smooth,
-            place,
-        )
+        if implementation not in FLOAT32_ONLY:
+            check_gradient(loss, oracle, smooth, place)
+            return
+        inputs = cast(smooth, "float32")
+        got = jax.jit(jax.grad(loss))(place(inputs))
+    with enable_x64(True):
+        function, _ = loss_pair(operation, "reference", fixed, **static)
+        want = jax.grad(function)(cast(rounded(inputs), "float64"))
+    assert_all_close(got, want, max(x.size for x in smooth.values()))
 
 
 @starts
@@ -100,7 +115,7 @@ def test_gradient_through_shard_map(case, implementation, axis_type, start):
 @pytest.mark.parametrize("name", ["selective_scan", "selective_scan_rows"])
 def test_gradient_of_rows_sharded_by_type(name, implementation, start):
     operation, smooth, fixed, static = parts(CASES[name], start)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(AxisType.Explicit,))
     place = placer(mesh)
     _, oracle = loss_pair(operation, implementation, fixed, **static)
     with jax.set_mesh(mesh):

@@ -11,16 +11,32 @@ import numpy as np
 import pytest
 from jax.typing import ArrayLike
 from support import numpy_oracles as oracles
+from support.precision import enable_x64
+from support.tolerances import assert_close
 
-from capibara_eqx.kernels import causal_conv, linear_recurrence, selective_scan
+from capibara_eqx.kernels import (
+    _backends,
+    causal_conv,
+    linear_recurrence,
+    selective_scan,
+)
+from capibara_eqx.kernels._causal_conv import fused as fused_conv
 
 
+def fused_kernel() -> str:
+    """The fused kernel of the platform that the tests run on."""
+    return _backends.PLATFORMS[_backends.platform()]
+
+
+FUSED = fused_kernel()
+# These refuse anything wider.
+FLOAT32_ONLY = ("pallas_tpu", "pallas_gpu")
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
-    "selective_scan": ("reference", "xla", "cpu"),
+    "selective_scan": ("reference", "xla", FUSED),
     "linear_recurrence": ("reference", "xla"),
     "causal_conv": ("reference", "xla"),
     # Every channel by itself, which more kernels can.
-    "depthwise_conv": ("reference", "xla", "cpu"),
+    "depthwise_conv": ("reference", "xla", *{FUSED}.intersection(fused_conv.NAMES)),
 }
 Arguments = dict[str, np.ndarray]
 
@@ -51,6 +67,12 @@ def over(cases: Mapping[str, Any], *, but: Sequence[str] = ()):
         if implementation not in but
     ]
     return pytest.mark.parametrize(("case", "implementation"), parameters)
+
+
+def skip_if_refused(implementation: str, dtype: str) -> None:
+    """Skip a test in a dtype that the implementation does not compute in."""
+    if dtype == "float64" and implementation in FLOAT32_ONLY:
+        pytest.skip(f"{implementation} computes in float32 only")
 
 
 @functools.cache
@@ -203,3 +225,42 @@ def split_fixed(arguments: Arguments) -> tuple[Arguments, Arguments]:
     smooth = {n: v for n, v in arguments.items() if v.dtype.kind in "fc"}
     fixed = {n: v for n, v in arguments.items() if v.dtype.kind not in "fc"}
     return smooth, fixed
+
+
+def check_in_float32(
+    derivatives: Callable[..., Any],
+    case: tuple[str, Arguments, dict[str, Any]],
+    implementation: str,
+    order: int,
+) -> None:
+    """Derivatives of a kernel of float32, against those of the reference in float64.
+
+    **Arguments:**
+
+    - `derivatives`: from a loss, a function of its arguments with any results.
+    - `case`: operation, arguments, static arguments.
+    - `order`: of the highest derivative, a sum over as many tokens each.
+    """
+    operation, arguments, static = case
+    smooth, fixed = split_fixed(arguments)
+    inputs = cast(smooth, "float32")
+    function, _ = loss_pair(operation, implementation, fixed, **static)
+    got = jax.jit(derivatives(function))(inputs)
+    with enable_x64(True):
+        function, _ = loss_pair(operation, "reference", fixed, **static)
+        want = jax.jit(derivatives(function))(cast(rounded(inputs), "float64"))
+    length = max(values.size for values in smooth.values()) ** order
+    assert_all_close(got, want, length)
+
+
+def assert_all_close(got: Any, want: Any, length: int) -> None:
+    """Every array of one PyTree, in float32; numbers as they are in all of it."""
+    numbers = [np.max(np.abs(x)) for x in jax.tree.leaves(want) if x.ndim == 0]
+    paths = jax.tree_util.tree_leaves_with_path(want)
+    for (path, expected), value in zip(paths, jax.tree.leaves(got), strict=True):
+        # A number is a sum whose terms may cancel.
+        terms = max(numbers) if expected.ndim == 0 else 1e-30
+        name = jax.tree_util.keystr(path)
+        assert_close(
+            *(value, expected), dtype="float32", length=length, terms=terms, name=name
+        )
