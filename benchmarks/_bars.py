@@ -218,6 +218,30 @@ _CLAIMS = (
         _ratio(("demo", "demo", "train"), "xla", "default"),
     ),
     _Claim(
+        "token_1",
+        "Compiled update by one token, faster than XLA's (batch 1, 1536 channels)",
+        *(1.0, True, "times"),
+        _ratio(("selective_scan_step", "batch_1", "step"), "xla", "cpu"),
+    ),
+    _Claim(
+        "token_8",
+        "The same for a batch of 8",
+        *(1.0, True, "times"),
+        _ratio(("selective_scan_step", "batch_8", "step"), "xla", "cpu"),
+    ),
+    _Claim(
+        "conv_forward",
+        f"Compiled depthwise convolution forward, faster than XLA's ({_ROW_WORDS})",
+        *(1.0, True, "times"),
+        _ratio(("causal_conv", _ROW, "forward"), "xla", "cpu"),
+    ),
+    _Claim(
+        "conv_gradients",
+        "The same, forward and backward",
+        *(1.0, True, "times"),
+        _ratio(("causal_conv", _ROW, _BOTH), "xla", "cpu"),
+    ),
+    _Claim(
         "plain_gradients",
         "XLA form forward and backward, faster than through a plain scan, the faster "
         f"of `reference` and `plain_scan` ({_ROW_WORDS})",

@@ -35,6 +35,10 @@ def test_bars_follow_from_the_medians():
         measurement("plain_scan_rows", BOTH, 31.0, ROW),
         measurement("cpu_1_core", BOTH, 10.0, ROW, "selective_scan_cores"),
         measurement("cpu_2_cores", BOTH, 5.0, ROW, "selective_scan_cores"),
+        measurement("cpu", "step", 2.0, "batch_8", "selective_scan_step"),
+        measurement("xla", "step", 5.0, "batch_8", "selective_scan_step"),
+        measurement("cpu", BOTH, 5.0, ROW, "causal_conv"),
+        measurement("xla", BOTH, 4.0, ROW, "causal_conv"),
         measurement("default", "train", 2.0, "demo", "demo"),
         measurement("xla", "train", 5.0, "demo", "demo"),
     ]
@@ -45,11 +49,14 @@ def test_bars_follow_from_the_medians():
         "cores_gradients": 2.0,
         "pscan_forward": 6.5,
         "demo": 2.5,
+        "token_8": 2.5,
+        "conv_gradients": 0.8,
         "plain_gradients": 2.5,
         "temporaries": 0.25,
     }
     assert [name for name, bar in found.items() if not bar.passed] == [
         "probe_gradients",
+        "conv_gradients",
         "plain_gradients",
     ]
 
