@@ -15,6 +15,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from support import numpy_oracles as oracles
 from support.kernel_cases import cast, rounded, scan_arguments, smooth_loss, split_fixed
+from support.pallas import INTERPRETED, PLATFORMS, each_lowered, each_run
 from support.precision import enable_x64
 from support.tolerances import assert_close, assert_rounded
 
@@ -26,8 +27,6 @@ from capibara_eqx.kernels._selective_scan.specs import (
 )
 
 
-PLATFORMS = {"pallas_gpu": "cuda", "pallas_tpu": "tpu"}
-each = pytest.mark.parametrize("implementation", PLATFORMS)
 SMALL = {"one_row"}
 specs = pytest.mark.parametrize(
     "spec",
@@ -80,7 +79,7 @@ def in_float64(function, arguments):
         )
 
 
-@each
+@each_run
 @specs
 def test_values_and_gradients(spec, implementation):
     arguments = arguments_of(spec)
@@ -103,7 +102,7 @@ def test_values_and_gradients(spec, implementation):
     assert_all_close(got, want, arguments)
 
 
-@each
+@each_run
 @pytest.mark.parametrize(
     "option",
     [
@@ -125,7 +124,7 @@ def test_each_option_alone(option, implementation):
     assert_all_close(got, want, arguments)
 
 
-@each
+@each_run
 def test_bfloat16_is_computed_in_float32_and_rounded_once(implementation):
     arguments = scan_arguments((2,), 19, 3, 4)
     narrow = {n: v for n, v in arguments.items() if n in ("u", "delta", "B", "C", "z")}
@@ -148,7 +147,7 @@ DERIVED = [
 ]
 
 
-@each
+@each_run
 @pytest.mark.parametrize("spec", DERIVED, ids=lambda spec: spec.name)
 def test_forward_mode_second_order_and_vmap(spec, implementation):
     rows = [arguments_of(spec, seed=seed) for seed in (1, 2)]
@@ -175,13 +174,30 @@ def test_forward_mode_second_order_and_vmap(spec, implementation):
         assert_all_close(one, want, {"u": np.zeros((spec.seq**2, spec.d_inner))})
 
 
+@each_run
+def test_padding_takes_part_in_nothing_even_where_a_rate_is_infinite(implementation):
+    # Nine tokens: a chunk is padded. Softplus of a bias is no step size of zero.
+    arguments = scan_arguments((1,), 9, 2, 3, options=("delta_bias", "initial_state"))
+    arguments["A"][1, 2] = -np.inf
+    inputs = cast(arguments, "float32")
+    got = jax.jit(
+        lambda inputs: selective_scan(
+            **inputs, delta_softplus=True, implementation=implementation
+        )
+    )(inputs)
+    want = oracles.selective_scan(**rounded(inputs), delta_softplus=True)
+    for value, expected in zip(got, want, strict=True):
+        assert_close(value, expected, dtype="float32", length=12)
+
+
 @pytest.mark.slow
-@each
+@each_run
 def test_gradient_inside_shard_map(implementation):
     arguments = scan_arguments((2,), 5, 2, 3)
     run, smooth = scan(implementation, arguments)
     inputs = cast(arguments, "float32")
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    devices = min(2, len(jax.devices()))
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
     whole = ("A", "D", "delta_bias")
     specs = {name: P() if name in whole else P("data") for name in inputs}
 
@@ -195,7 +211,7 @@ def test_gradient_inside_shard_map(implementation):
             in_specs=(specs,),
             out_specs=(P("data"), P("data")),
             # jax's interpreter of kernels does not keep track of what varies.
-            check_vma=False,
+            check_vma=not INTERPRETED,
         )(inputs | known)
         return smooth_loss(jnp, results)
 
@@ -224,7 +240,7 @@ LOWERED = [
 ]
 
 
-@each
+@each_lowered
 @pytest.mark.parametrize(("spec", "dtype"), LOWERED)
 def test_a_gradient_lowers(spec, dtype, implementation):
     arguments = arguments_of(spec)
@@ -243,13 +259,15 @@ def test_a_gradient_lowers(spec, dtype, implementation):
 
         def loss(smooth):
             y, state = selective_scan(
-                **smooth, reset=reset, delta_softplus=True, implementation=name
+                **smooth,
+                reset=reset,
+                delta_softplus=True,
+                implementation=implementation,
             )
             return jnp.sum(y.astype(jnp.float32)) + jnp.sum(state)
 
         return jax.value_and_grad(loss)(smooth)
 
-    name = implementation
     platform = PLATFORMS[implementation]
     exported = export.export(jax.jit(gradient), platforms=[platform])(types)
     text = exported.mlir_module()
@@ -258,7 +276,7 @@ def test_a_gradient_lowers(spec, dtype, implementation):
     assert ("mosaic" if platform == "cuda" else "tpu_custom_call") in text
 
 
-@each
+@each_run
 def test_what_a_kernel_cannot_serve_is_refused_with_the_reason(implementation):
     with enable_x64(True):
         inputs = cast(scan_arguments((2,), 5, 2, 3), "float64")

@@ -53,9 +53,10 @@ def causal_conv(
         first, `(*batch, reach, c_in)`. It belongs to the first valid token's document.
     - `segment_ids`: document of each token, `(*batch, seq)`. No tap reaches across a
         change of id. A negative id is padding: skipped as if absent, its output 0.
-    - `implementation`: `"cpu"` (C++) and `"pallas_gpu"`, both for one channel a group,
-        `"xla"`, `"reference"`, or a sequence of names of which the first that can is
-        used; by default the fused kernel of the platform, and XLA where there is none.
+    - `implementation`: `"cpu"` (C++), `"pallas_tpu"` and `"pallas_gpu"`, all three for
+        one channel a group, `"xla"`, `"reference"`, or a sequence of names of which the
+        first that can is used; by default the fused kernel of the platform, and XLA
+        where there is none.
 
     **Returns:**
 

@@ -15,7 +15,7 @@ from ._operands import Operands, pack
 
 
 _PACKAGE = __name__.rpartition(".")[0]
-NAMES = ("cpu", "pallas_gpu")
+NAMES = ("cpu", "pallas_tpu", "pallas_gpu")
 
 
 class _Static(NamedTuple):

@@ -20,6 +20,7 @@ from ._pallas_gpu_forward import (
     decayed,
     each_part,
     each_state,
+    factor,
     keep,
     lanes_of,
     over_groups,
@@ -102,7 +103,7 @@ def adjoint_body(
                 C = scalars(C_ref, token.time, first, form.group)
                 carry = [v + c * dy for v, c in zip(carry, C, strict=True)]
                 carry = [
-                    keep(token, jnp.exp2(token.dt * rate) * v)
+                    keep(token, factor(token, rate) * v)
                     for rate, v in zip(decay, carry, strict=True)
                 ]
             set_rows(carry_ref, first, carry)

@@ -96,9 +96,16 @@ def keep(token, state):
     return state if token.reset is None else jnp.where(token.reset != 0, 0.0, state)
 
 
+def factor(token, rate):
+    """By what a token multiplies a state."""
+    decay = jnp.exp2(token.dt * rate)
+    # A padded token by one, even where the rate is infinite.
+    return decay if token.valid is None else jnp.where(token.valid, decay, 1.0)
+
+
 def decayed(token, decay, states):
     """By what a token multiplies each state, and the states after that."""
-    factors = [jnp.exp2(token.dt * rate) for rate in decay]
+    factors = [factor(token, rate) for rate in decay]
     return factors, [a * keep(token, h) for a, h in zip(factors, states, strict=True)]
 
 

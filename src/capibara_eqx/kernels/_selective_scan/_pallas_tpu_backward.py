@@ -17,22 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from .._pallas_tpu import GROUP, loop, sigmoid
 from ._pallas_tpu_forward import (
     channels_inside,
     column,
     common_of,
+    decay_of,
     keep,
     load,
-    loop,
     only,
     place_of,
     row,
     set_row,
-    sigmoid,
     tokens_of,
     walk,
 )
-from ._pallas_tpu_launch import GROUP
 
 
 class Rows(NamedTuple):
@@ -108,7 +107,7 @@ def backward_body(
         dy = _open(tokens, dy_ref, z_ref)
         rows.dt[...], rows.x[...] = tokens.dt, tokens.dt * tokens.u
         rows.dy[...] = dy
-        carry = _walk_back(form, common, group, decayed_ref, rows, carry)
+        carry = _walk_back(form, place, common, group, decayed_ref, rows, carry)
         _to_streams(form, tokens, rows, D_ref, du_ref, ddelta_ref, dbias_ref)
         _to_gate_and_skip(tokens, rows, D_ref, z_ref, dy_ref, dz_ref, dD_ref)
         return carry
@@ -147,7 +146,7 @@ def _open(tokens, dy_ref, z_ref):
     return dy * z * sigmoid(z)
 
 
-def _walk_back(form, common, group, decayed_ref, rows, carry):
+def _walk_back(form, place, common, group, decayed_ref, rows, carry):
     """The tokens of a group, from the last to the first."""
     lane = jax.lax.broadcasted_iota(jnp.int32, common.B.shape, 1)
 
@@ -171,7 +170,7 @@ def _walk_back(form, common, group, decayed_ref, rows, carry):
             return jnp.where(lane == time, jnp.sum(terms, axis=1, keepdims=True), sums)
 
         return Carry(
-            keep(common, time, jnp.exp(dt * common.A) * g),
+            keep(common, time, decay_of(form, place, common, time, dt) * g),
             carry.dA + of_decay * dt,
             with_column(carry.dB, x * g),
             with_column(carry.dC, dy * state),

@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 
-from ._pallas_tpu_launch import GROUP
+from .._pallas_tpu import GROUP, loop, sigmoid
 
 
 class Place(NamedTuple):
@@ -52,17 +51,6 @@ def place_of(form):
         first=step == 0,
         last=step == form.chunks - 1,
     )
-
-
-def loop(count, body, carry, *, unroll=False):
-    # Typed bounds: an index of 64 bits, if jax has those switched on, fits no TPU.
-    return jax.lax.fori_loop(
-        np.int32(0), np.int32(count), body, carry, unroll=count if unroll else 1
-    )
-
-
-def sigmoid(x):
-    return 1.0 / (1.0 + jnp.exp(-x))
 
 
 def softplus(x):
@@ -135,6 +123,15 @@ def keep(common, time, state):
     return jnp.where(common.reset_ref[0, time] != 0, jnp.zeros_like(state), state)
 
 
+def decay_of(form, place, common, time, dt):
+    """By what a token multiplies the states."""
+    decay = jnp.exp(dt * common.A)
+    if form.seq % form.span == 0:
+        return decay
+    # A padded token by one, even where the rate is infinite.
+    return jnp.where(place.chunk * form.span + time < form.seq, decay, 1.0)
+
+
 def walk(form, place, common, streams, scratch, state, visit, finish):
     """Pass the tokens of a chunk through the state; returns what is left of it.
 
@@ -155,7 +152,7 @@ def walk(form, place, common, streams, scratch, state, visit, finish):
 
         def of_token(i, state):
             time = group * GROUP + i
-            decay = jnp.exp(row(dt_ref, i) * common.A)
+            decay = decay_of(form, place, common, time, row(dt_ref, i))
             decayed = decay * keep(common, time, state)
             state = decayed + row(x_ref, i) * column(common.B, time)
             visit(i, time, decayed, state)

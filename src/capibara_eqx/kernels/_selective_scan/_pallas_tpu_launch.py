@@ -5,40 +5,29 @@ that what belongs to a row and a tile stays in VMEM while its chunks go by. Chan
 on the lanes, the states of a channel on the sublanes.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
+from .. import _pallas_tpu
+from .._pallas_tpu import GROUP, LANES, VMEM, Job, Layout, up
 from ._operands import Operands
 from ._tuning import Sizes
 
-
-# What a kernel may take of VMEM: compilers allow 16 MiB, also on chips that have more.
-VMEM = 15 * 2**20
 
 # State-shaped values that the compiler keeps in VMEM for want of registers, at most: of
 # 176 states in 128 channels it was found to keep 44.
 _SPILLED = 48
 
-# Tokens that are read and written together: one tile of bfloat16, two of float32.
-GROUP = 16
-
-LANES = 128
-
 # States of one token that are worked on together, eight registers. In the schedules
 # that the compiler makes for a v5e, 16 states a channel, both kernels need 11 % fewer
 # instructions a channel than with half of that, and hardly fewer with more.
 _STATES_A_STEP = 8192
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
 
 
 class Form(NamedTuple):
@@ -87,7 +76,7 @@ def form_of(
 
 def span_of(seq: int, chunk: int) -> int:
     """Tokens of a chunk with padding; only a chunk that is the whole row has any."""
-    return _up(min(seq, chunk), GROUP)
+    return up(min(seq, chunk), GROUP)
 
 
 def tile_for(d_inner: int, d_state: int, span: int, most: int | None = None) -> int:
@@ -96,17 +85,17 @@ def tile_for(d_inner: int, d_state: int, span: int, most: int | None = None) -> 
     As many as `_STATES_A_STEP` has room for, or `most`, and as VMEM has.
     """
     if most is None:
-        most = max(_STATES_A_STEP // _up(d_state, 8) // LANES, 1) * LANES
+        most = max(_STATES_A_STEP // up(d_state, 8) // LANES, 1) * LANES
     while most > LANES and vmem_bytes(most, d_state, span) > VMEM:
         most -= LANES
     # Tiles of equal size, and no channel beyond the last one if there is but one tile.
     count = -(-d_inner // most)
-    return d_inner if count == 1 else _up(-(-d_inner // count), LANES)
+    return d_inner if count == 1 else up(-(-d_inner // count), LANES)
 
 
 def vmem_bytes(tile: int, d_state: int, span: int) -> int:
     """VMEM of the backward kernel, which takes more than the forward."""
-    lanes, states, tokens = _up(tile, LANES), _up(d_state, 8), _up(span, LANES)
+    lanes, states, tokens = up(tile, LANES), up(d_state, 8), up(span, LANES)
     wide = 7 * span * lanes  # u, delta, z, dy, du, ddelta, dz
     narrow = 4 * states * tokens  # B, C, dB, dC
     state = 5 * states * lanes + 5 * 8 * lanes  # A, the four states; D, bias, sums
@@ -114,15 +103,6 @@ def vmem_bytes(tile: int, d_state: int, span: int) -> int:
     blocks = 2 * (wide + narrow + state)
     scratch = (span + 1 + _SPILLED) * states * lanes + 6 * GROUP * lanes
     return 4 * (blocks + scratch)
-
-
-class Layout(NamedTuple):
-    """The shape of a whole array, of its blocks, and which block a grid step has."""
-
-    shape: tuple[int, ...]
-    block: tuple[int | None, ...]
-    index: Callable[[Any, Any, Any], tuple[Any, ...]]
-    scalar: bool = False
 
 
 def _layouts(form: Form) -> dict[str, Layout]:
@@ -191,65 +171,24 @@ def launch(
 
     **Arguments:**
 
-    - `body`: takes the form and, by name with `_ref` behind it, a reference for the
-        block of every input and output and for all of every scratch; `None` for those
-        that are absent.
-    - `inputs`: the arrays, laid out as their names demand.
-    - `outputs`: dtypes.
-    - `scratch`: shapes, of float32.
+    - `body`: takes the form and the references of a `Job`'s body.
+    - `inputs`, `outputs`, `scratch`: as of a `Job`.
 
     **Returns:**
 
     The outputs by name, `None` for absent ones.
     """
     layouts = _layouts(form)
-    arrays = {k: v for k, v in inputs.items() if v is not None}
-    dtypes = {k: v for k, v in outputs.items() if v is not None}
-    shapes = {k: v for k, v in scratch.items() if v is not None}
-    names = [*arrays, *dtypes, *shapes]
-    absent = {f"{k}_ref": None for k in (*inputs, *outputs, *scratch)}
-
-    def kernel(*refs):
-        refs = {f"{k}_ref": ref for k, ref in zip(names, refs, strict=True)}
-        body(form, **{**absent, **refs})
-
-    def layout(name):
-        return layouts[_KINDS.get(name, "wide")]
-
-    def spec(name):
-        _, block, index, scalar = layout(name)
-        return pl.BlockSpec(block, index, memory_space=pltpu.SMEM if scalar else None)
-
-    anything = _type_of(*arrays.values())
-    out = pl.pallas_call(
-        kernel,
+    job = Job(
+        body=functools.partial(body, form),
         grid=(form.rows, form.tiles, form.chunks),
-        in_specs=[spec(name) for name in arrays],
-        out_specs=[spec(name) for name in dtypes],
-        out_shape=[
-            anything.update(shape=layout(name).shape, dtype=jnp.dtype(dtype))
-            for name, dtype in dtypes.items()
-        ],
-        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in shapes.values()],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
-        ),
+        layout=lambda name: layouts[_KINDS.get(name, "wide")],
+        inputs=inputs,
+        outputs=outputs,
+        scratch=scratch,
         interpret=form.interpret,
-    )(*arrays.values())
-    return {**dict.fromkeys(outputs), **dict(zip(dtypes, out, strict=True))}
-
-
-def _type_of(*arrays: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
-    """The type of a number that depends on all of `arrays`.
-
-    Inside `jax.shard_map` it says along which axes of the mesh a result varies; how it
-    says so is not the same in all versions of jax, hence no word of it here.
-    """
-
-    def number(*arrays):
-        return sum((jnp.sum(jnp.zeros_like(x, jnp.float32)) for x in arrays), 0.0)
-
-    return jax.eval_shape(number, *arrays)
+    )
+    return _pallas_tpu.launch(job)
 
 
 def narrow(

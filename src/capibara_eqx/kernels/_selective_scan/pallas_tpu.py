@@ -2,18 +2,18 @@
 
 What is read once from main memory per direction is each stream, what is written once
 each result; states pass through it only where a chunk begins, and only if asked for.
+
+A single token, as in generating, has a kernel of its own.
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._pallas_tpu import GROUP, LANES, VMEM
 from ._operands import Operands
 from ._pallas_tpu_backward import Rows, backward_body
 from ._pallas_tpu_forward import forward_body
 from ._pallas_tpu_launch import (
-    GROUP,
-    LANES,
-    VMEM,
     flags,
     form_of,
     from_partial,
@@ -22,6 +22,7 @@ from ._pallas_tpu_launch import (
     span_of,
     vmem_bytes,
 )
+from ._pallas_tpu_step import step
 from ._tuning import Sizes
 
 
@@ -84,6 +85,9 @@ def forward(
     - `save`: whether to return those.
     - `interpret`: run the kernel's interpreter, on any platform.
     """
+    if operands.u.shape[1] == 1 and not save:
+        # Not padded to a group of tokens, nor a step of the grid for every row.
+        return *step(operands, softplus, interpret=interpret), None
     form = form_of(operands, softplus, sizes, backwards=False, interpret=interpret)
     out = launch(
         form,
