@@ -44,6 +44,7 @@ void backward(ffi::ThreadPool& pool, const Conv<T>& conv, const T* dy,
 ffi::Error forward_handler(ffi::ThreadPool pool, bool silu, int64_t dilation, Buffer x,
                            Buffer weight, Buffer bias, Buffer history, Buffer document,
                            Result y) {
+  expect_many_writes(y);
   const auto run = [&](auto number) {
     using T = decltype(number);
     const auto conv = conv_of<T>(silu, dilation, x, weight, bias, history, document);
@@ -56,6 +57,7 @@ ffi::Error forward_handler(ffi::ThreadPool pool, bool silu, int64_t dilation, Bu
 ffi::Error backward_handler(ffi::ThreadPool pool, bool silu, int64_t dilation, Buffer x,
                             Buffer weight, Buffer bias, Buffer history, Buffer document,
                             Buffer dy, Result dx, Result dweights, Result dhistory) {
+  expect_many_writes(dx);
   const auto run = [&](auto number) {
     using T = decltype(number);
     const auto conv = conv_of<T>(silu, dilation, x, weight, bias, history, document);

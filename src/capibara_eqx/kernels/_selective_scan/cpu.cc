@@ -59,8 +59,8 @@ void forward(ffi::ThreadPool& pool, const Inputs& inputs,
     });
     return;
   }
-  // A few tasks a thread, lest all wait for the last one.
-  const int64_t wanted = 4 * pool.num_threads() / std::max<int64_t>(scan.rows, 1);
+  // Two tasks a thread, lest all wait for the last one.
+  const int64_t wanted = 2 * pool.num_threads() / std::max<int64_t>(scan.rows, 1);
   const int64_t fewest = (tiles + kTogether - 1) / kTogether;
   const int64_t parts = std::clamp(wanted, fewest, tiles);
   run_tasks(pool, scan.rows * parts, work(scan), [&](int64_t task) {
@@ -84,6 +84,7 @@ ffi::Error forward_handler(ffi::ThreadPool pool, bool softplus, int64_t chunk, B
                            Result final_state, Result saved) {
   const Inputs inputs{softplus, chunk, u, delta, A,   B, C,
                       D,        z,     delta_bias, initial_state, reset};
+  for (Result* result : {&y, &saved}) expect_many_writes(*result);
   if (u.element_type() == ffi::F64) {
     forward<double>(pool, inputs,
                     {values<double>(y), values<double>(final_state), values<double>(saved)});
@@ -102,6 +103,7 @@ ffi::Error backward_handler(ffi::ThreadPool pool, bool softplus, int64_t chunk, 
                             Result dz, Result ddelta_bias, Result dinitial) {
   const Inputs inputs{softplus, chunk, u, delta, A,   B, C,
                       D,        z,     delta_bias, initial_state, reset};
+  for (Result* result : {&du, &ddelta, &dB, &dC, &dz}) expect_many_writes(*result);
   const auto run = [&](auto number) {
     using T = decltype(number);
     backward<T>(pool, inputs, {values<T>(saved), values<T>(dy), values<T>(dfinal)},
