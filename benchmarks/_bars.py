@@ -201,7 +201,7 @@ _CLAIMS = (
     _Claim(
         "slope_forward",
         "Distance from 1 of the slope of log time against log length, compiled scan "
-        f"forward ({SHORTEST} to {LONGEST} tokens, 256 channels)",
+        f"forward, results in place ({SHORTEST} to {LONGEST} tokens, 256 channels)",
         *(0.05, False, ""),
         _from_linear("forward"),
     ),

@@ -87,6 +87,8 @@ def mambapy_hvp(
         return _second_order(torch, scan, inputs, dy, direction, lambda array: array)
     except RuntimeError as error:
         reason = str(error).split(":")[0]
+        if "inplace operation" not in reason:
+            raise
         raise Absent(f"it cannot be differentiated twice: {reason}") from None
 
 
@@ -117,7 +119,7 @@ def transformers_update(token: dict[str, Array]) -> Prepared:
         own = torch.from_numpy(token["initial_state"].copy())
         return update(own, *others, **options).numpy(), own.numpy()
 
-    return Prepared(run, outputs=outputs)
+    return Prepared(run, temp_bytes=temp_bytes(torch, run), outputs=outputs)
 
 
 def transformers_mixer(

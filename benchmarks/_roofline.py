@@ -1,7 +1,8 @@
 """The least time that a chip needs for an operation: its roofline.
 
-Counted is what no algorithm of the kind can do without, at the largest rates that the
-chip is said to have, so that what is measured never looks better than it is.
+Counted is what an algorithm of the kind does at least, at the largest rates that the
+chip is said to have. It is not a proof: exponentials by polynomials on the multiply-add
+units, for one, would need fewer of those counted here.
 
 - Bytes: every operand is read once a direction and every result written once, in its
   own dtype; going backward also the states that forward kept, if it kept any. At the

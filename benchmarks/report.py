@@ -58,10 +58,10 @@ Written by `python -m benchmarks.report` from the records under `benchmarks/resu
 which `make bench` adds to: every figure here has its record. Do not edit this page.
 
 Contenders take turns within one process, so that the noise of a shared machine hits all
-alike; times are medians, without the first call. *Error* is the largest difference from
-a float64 NumPy reference in units of the largest value of that output; *temporaries* is
-what XLA, or PyTorch, allocates beside arguments and results. float32, but where a
-heading says otherwise.
+alike; times are medians, without the first call of each turn unless that takes a second
+or more. *Error* is the largest difference from a float64 NumPy reference in units of
+the largest value of that output; *temporaries* is what XLA, or PyTorch, allocates
+beside arguments and results. float32, but where a heading says otherwise.
 """
 
 

@@ -1,8 +1,8 @@
 """`python -m benchmarks.tune`: measure the block sizes of the scan on this device.
 
 Writes the best into the library's table of tuned sizes, under the kind of the device.
-Figures are medians of the forward pass with all gradients, taken in turns; a change of
-less than `_WORTH` is noise, and leaves the table alone.
+Figures are medians of the forward pass with all gradients, taken in turns; sizes that
+are in use stay the best unless others gain more than `_WORTH`: less is noise.
 """
 
 import itertools

@@ -74,6 +74,7 @@ def test_without_a_choice_the_system_has_a_compiler(machine, monkeypatch, blank)
 
 
 def test_a_compiler_that_hangs_is_given_up(machine, monkeypatch):
+    assert find_compiler() is not None
     monkeypatch.setattr(_compiler, "_TIMEOUT_S", 0.3)
     machine.behave("exec sleep 20")
     with pytest.warns(UserWarning, match="timed out"):
@@ -82,6 +83,7 @@ def test_a_compiler_that_hangs_is_given_up(machine, monkeypatch):
 
 
 def test_what_a_hanging_compiler_has_started_ends_with_it(machine, monkeypatch):
+    assert find_compiler() is not None
     monkeypatch.setattr(_compiler, "_TIMEOUT_S", 0.2)
     survived = machine.folder / "survived"
     machine.behave(f"(sleep 0.6; touch {shlex.quote(str(survived))}) & wait; exit 1")

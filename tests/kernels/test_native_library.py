@@ -255,6 +255,27 @@ def test_a_folder_that_may_hold_no_programs(machine, monkeypatch, place):
         machine.assert_whole()
 
 
+def test_a_kept_library_needs_no_folder_for_temporary_files(machine, monkeypatch):
+    assert machine.answer() == 42
+
+    def nowhere():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    assert machine.answer() == 42
+    assert machine.calls() == 1
+
+
+def test_a_kept_library_that_does_not_load_is_made_again(machine):
+    assert machine.answer() == 42
+    other = machine.folder / "no library"
+    other.write_bytes(b"of another system")
+    assert write_library(machine.cache, f"tiny-{machine.key()}", other) is not None
+    assert machine.answer() == 42
+    assert machine.calls() == 2
+    machine.assert_whole()
+
+
 def test_nowhere_may_programs_be(machine, monkeypatch):
     def mounted_noexec(path):
         raise OSError(f"{path}: failed to map segment from shared object")

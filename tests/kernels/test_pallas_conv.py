@@ -289,6 +289,32 @@ def test_a_gradient_lowers(spec, dtype, implementation):
         assert exported.mlir_module().count(name) >= 2
 
 
+def test_padding_of_a_tpu_block_adds_nothing_even_of_what_is_infinite():
+    # Nine tokens: a chunk is padded, and its padding sees the last of them.
+    arguments = conv_arguments((1,), 9, 3, 3, 4, groups=3, options=())
+    arguments["x"][0, 8, 1] = np.inf
+    inputs = cast(arguments, "float32")
+
+    def gradient(implementation, inputs):
+        def total(weight):
+            y, _ = causal_conv(
+                inputs["x"], weight, groups=3, implementation=implementation
+            )
+            return jnp.sum(jnp.where(jnp.isfinite(y), y, 0.0))
+
+        return jax.grad(total)(inputs["weight"])
+
+    got = jax.jit(functools.partial(gradient, "pallas_tpu"))(inputs)
+    # Of the last token alone, whose own output is infinite, there is no cotangent.
+    want = jax.jit(functools.partial(gradient, "reference"))(inputs)
+    infinite = ~np.isfinite(want)
+    np.testing.assert_array_equal(~np.isfinite(got), infinite)
+    assert np.sum(infinite) == 1
+    assert_close(
+        np.where(infinite, 0, got), np.where(infinite, 0, want), dtype="float32"
+    )
+
+
 def test_a_tpu_has_no_numbers_of_64_bits_when_jax_has():
     arguments = conv_arguments((2,), 9, 3, 3, 4, groups=3, options=("segment_ids",))
     inputs = cast(arguments, "float32")

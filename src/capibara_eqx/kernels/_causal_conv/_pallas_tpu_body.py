@@ -263,6 +263,8 @@ def _of_tokens(
                 dy = dy * (gate + y * gate * (1.0 - gate))
             cotangents_ref[_rows(group, behind), lanes] = dy
             terms = [dy * seen for seen in inputs.seen(group, lanes)]
+            # Of padding too there is a term, which is NaN if what it sees is infinite.
+            terms = [inputs.only_tokens(group, term) for term in terms]
             terms += [] if bias_ref is None else [dy]
             for index, term in enumerate(terms):
                 sums_ref[index, :, lanes] += term[:8] + term[8:]

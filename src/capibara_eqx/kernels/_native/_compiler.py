@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import hashlib
 import os
@@ -50,6 +51,7 @@ class Compiler:
     def key(self, source: Path) -> str:
         """Changes with everything that the result of compiling `source` depends on."""
         parts = [*self.command, self.version, *_FLAGS, _processor(), version("jaxlib")]
+        parts += platform.libc_ver()
         digest = hashlib.sha256("\0".join(parts).encode())
         for path in sources(source):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
@@ -96,8 +98,9 @@ def _run(command: Sequence[str]) -> tuple[int, str, str]:
         try:
             output, message = process.communicate(timeout=_TIMEOUT_S)
         except BaseException:
-            # An interrupt too: it reaches no other session.
-            os.killpg(process.pid, signal.SIGKILL)
+            # An interrupt too: it reaches no other session. What has ended is no group.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
     return process.returncode, output, message
 

@@ -1,5 +1,6 @@
 """Kernels in C++: compiled at first use, kept in the user's cache, loaded once."""
 
+import contextlib
 import ctypes
 import functools
 import shutil
@@ -77,7 +78,9 @@ def _kept_or_built(compiler: Compiler, source: Path) -> ctypes.CDLL:
     folder = cache_folder()
     kept = None if folder is None else read_library(folder, name)
     if kept is not None:
-        return _open(kept, Path(tempfile.gettempdir()))
+        # One that does not load, of a system that shares the folder, is made anew.
+        with contextlib.suppress(OSError):
+            return _open(kept)
     with tempfile.TemporaryDirectory(prefix="capibara-eqx-") as scratch:
         built = Path(scratch) / "library.so"
         compiler.compile(source, built)
@@ -89,17 +92,20 @@ def _kept_or_built(compiler: Compiler, source: Path) -> ctypes.CDLL:
     return library
 
 
-def _open(path: Path, elsewhere: Path | None) -> ctypes.CDLL:
+def _open(path: Path, elsewhere: Path | None = None) -> ctypes.CDLL:
     """Load a library, by a copy `elsewhere` if its folder may hold no programs.
 
-    Caches and folders for temporary files are sometimes mounted so (noexec).
+    Caches and folders for temporary files, which `elsewhere` is if not given, are
+    sometimes mounted so (noexec).
     """
     try:
         return ctypes.CDLL(str(path))
-    except OSError:
-        if elsewhere is None:
-            raise
+    except OSError as error:
         prefix = "capibara-eqx-"
-        with tempfile.TemporaryDirectory(prefix=prefix, dir=elsewhere) as scratch:
-            copy = shutil.copyfile(path, Path(scratch) / path.name)
-            return ctypes.CDLL(str(copy))
+        try:
+            with tempfile.TemporaryDirectory(prefix=prefix, dir=elsewhere) as scratch:
+                copy = shutil.copyfile(path, Path(scratch) / path.name)
+                return ctypes.CDLL(str(copy))
+        except OSError:
+            # The first says what is wrong with the library.
+            raise error from None

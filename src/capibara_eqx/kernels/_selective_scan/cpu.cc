@@ -44,8 +44,8 @@ int64_t work(const Scan<T>& scan) {
   return scan.rows * scan.seq * scan.d_inner * (scan.d_state + 1);
 }
 
-// Tiles that go through the chunks together: the more, the fewer pages are looked up;
-// beyond this many their states leave the second-level cache.
+// Tiles that go through the chunks together: the more, the fewer pages are looked up. So
+// many that what they keep, some KiB each, lies in the second-level cache beside a chunk.
 constexpr int64_t kTogether = 8;
 
 template <typename T>
