@@ -11,6 +11,7 @@ from benchmarks._gpu_cases import BACKWARD, BOTH, FORWARD, SCAN
 from benchmarks._records import Measurement
 from benchmarks._roofline import Rates, Work
 from capibara_eqx.kernels._causal_conv.specs import Spec as ConvSpec
+from capibara_eqx.kernels._pallas_gpu_launch import unavailable
 from capibara_eqx.kernels._selective_scan.specs import Spec as ScanSpec
 
 
@@ -211,6 +212,7 @@ def test_a_wrong_gradient_is_noticed(at):
     assert error(case, "xla", BACKWARD, spoil) > 0.04
 
 
+@pytest.mark.skipif(unavailable() is not None, reason="needs a newer jax")
 def test_the_kernels_of_a_gpu_interpreted():
     conv = _gpu_cases.conv_case(ConvSpec("tiny", 2, 9, 5, 5, 4, groups=5))
     assert error(conv, "pallas_gpu", BOTH) < ROUNDING
