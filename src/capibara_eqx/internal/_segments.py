@@ -64,3 +64,40 @@ def last_segment(
     """Segment of the last valid token, `before` if all tokens are padding."""
     none = jnp.full_like(segment_ids[..., :1], -1)
     return previous_segment(jnp.concatenate([segment_ids, none], -1), before)[..., -1]
+
+
+def segment_positions(
+    segment_ids: Int[Array, "*batch seq"],
+    before: Int[Array, "*batch"] | None = None,
+    offset: Int[Array, "*batch"] | None = None,
+) -> Int[Array, "*batch seq"]:
+    """Position of each token within its document, padding not counted.
+
+    **Arguments:**
+
+    - `segment_ids`: document of each token; negative ids are padding.
+    - `before`: segment that a cache ended in, negative if it had seen nothing.
+    - `offset`: number of tokens of that document in the cache.
+
+    **Returns:**
+
+    int32; that of padding means nothing, but is not negative.
+    """
+    index = jnp.cumsum(segment_ids >= 0, axis=-1, dtype=jnp.int32) - 1
+    starts = segment_starts(segment_ids, before)
+    axis = segment_ids.ndim - 1
+    first = jax.lax.cummax(jnp.where(starts, index, -1), axis=axis)
+    continued = index if offset is None else index + offset[..., None]
+    return jnp.maximum(jnp.where(first >= 0, index - first, continued), 0)
+
+
+def segment_documents(
+    segment_ids: Int[Array, "*batch seq"], before: Int[Array, "*batch"] | None = None
+) -> Int[Array, "*batch seq"]:
+    """Number of each token's document in its row, -1 at padding.
+
+    Unlike an id a number does not come back. The document that a cache ended in, or
+    the first one, is number 0.
+    """
+    number = jnp.cumsum(segment_starts(segment_ids, before), axis=-1, dtype=jnp.int32)
+    return jnp.where(segment_ids >= 0, number, -1)

@@ -1,0 +1,173 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ...internal import accumulator_dtype
+from ._visibility import Visibility, grouped
+from .reference import Dropping, kept
+
+
+# Queries and keys of a block.
+_BLOCK = (256, 256)
+
+
+def attention(
+    query: Float[Array, "*batch query heads d"],
+    key: Float[Array, "*batch key kv_heads d"],
+    value: Float[Array, "*batch key kv_heads v"],
+    seen: Visibility,
+    scale: float,
+    dropping: Dropping | None,
+) -> Float[Array, "*batch query heads v"]:
+    """`kernels.attention`, a block of queries with a block of keys at a time.
+
+    The softmax is carried along: highest score, sum and weighted values so far. Its
+    logarithmic sum is kept for the derivative, which computes the weights of a block
+    again. A derivative is a sum over blocks, linear in the tangents; the transpose
+    of that sum is the backward pass.
+    """
+    *batch, queries, heads, d = query.shape
+    keys, kv_heads = key.shape[-3:-1]
+    sizes = tuple(
+        _size(length, most)
+        for length, most in zip((queries, keys), _BLOCK, strict=True)
+    )
+    seen = seen.padded(-queries % sizes[0], -keys % sizes[1])
+    q = query.reshape(*batch, queries, kv_heads, heads // kv_heads, d)
+    q = _into_blocks(jnp.moveaxis(q, -4, -2), sizes[0])
+    k, v = (_into_blocks(jnp.moveaxis(x, -3, -2), sizes[1]) for x in (key, value))
+    out, _ = _attend(scale, q, k, v, seen, dropping)
+    out = jnp.moveaxis(out, 0, -3)  # (*batch, kv_heads, group, blocks, block, v)
+    out = out.reshape(*out.shape[:-3], -1, out.shape[-1])[..., :queries, :]
+    return jnp.moveaxis(out, -2, -4).reshape(*batch, queries, heads, -1)
+
+
+def _size(length: int, most: int) -> int:
+    """Of blocks as even as can be, of at most `most` tokens."""
+    return -(-length // -(-length // most))
+
+
+def _into_blocks(x, size):
+    """`(..., length, d)` as `(blocks, ..., size, d)`, padded with zeros."""
+    *lead, length, d = x.shape
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -length % size), (0, 0)])
+    return jnp.moveaxis(x.reshape(*lead, -1, size, d), -3, 0)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(scale, q, k, v, seen, dropping):
+    """Results and logarithms of the softmax's sums, both by blocks of queries.
+
+    Blocks of queries are `(blocks, *batch, kv_heads, group, block, d)`, of keys and
+    values `(blocks, *batch, kv_heads, block, d)`.
+    """
+    dtype = accumulator_dtype(q.dtype)
+    lowest = jnp.finfo(dtype).min
+
+    def of_queries(i, q):
+        rows = q.shape[:-1]
+        start = (
+            jnp.full(rows, lowest, dtype),
+            jnp.zeros(rows, dtype),
+            jnp.zeros((*rows, v.shape[-1]), dtype),
+        )
+
+        def add(visible, carry, j, k, v):
+            highest, total, acc = carry
+            scores = _scores(q, k, scale, dtype)
+            seen_scores = jnp.where(visible, scores, lowest)
+            higher = jnp.maximum(highest, jnp.max(seen_scores, axis=-1))
+            fade = jnp.exp(highest - higher)
+            weights = _weights(scores, visible, higher)
+            total = total * fade + jnp.sum(weights, axis=-1)
+            weights = _dropped(weights, dropping, i, j)
+            return higher, total, acc * fade[..., None] + _values(weights, v)
+
+        def block(carry, keys):
+            return _where_seen(seen, i, q, add, carry, *keys), None
+
+        carry, _ = jax.lax.scan(block, start, (jnp.arange(k.shape[0]), k, v))
+        highest, total, acc = carry
+        # A sum of zero: nothing is seen. The weights are zero whatever stands here.
+        some = total > 0
+        total = jnp.where(some, total, 1)
+        log_sum = jnp.where(some, highest, 0) + jnp.log(total)
+        return (acc / total[..., None]).astype(q.dtype), log_sum
+
+    return jax.lax.map(lambda xs: of_queries(*xs), (jnp.arange(q.shape[0]), q))
+
+
+@_attend.defjvp
+def _attend_jvp(scale, primals, tangents):
+    q, k, v, seen, dropping = primals
+    q_dot, k_dot, v_dot, *_ = tangents
+    out, log_sum = _attend(scale, *primals)
+    dtype = accumulator_dtype(q.dtype)
+
+    def of_queries(i, q, q_dot, out, log_sum):
+        # With w the softmax, d log_sum = sum w ds and dy = sum w ds v + w dv - y sum.
+        def add(visible, carry, j, k, v, k_dot, v_dot):
+            weights = _weights(_scores(q, k, scale, dtype), visible, log_sum)
+            s_dot = _scores(q_dot, k, scale, dtype) + _scores(q, k_dot, scale, dtype)
+            slopes = weights * s_dot
+            total, acc = carry
+            total = total + jnp.sum(slopes, axis=-1)
+            acc = acc + _values(_dropped(slopes, dropping, i, j), v)
+            return total, acc + _values(_dropped(weights, dropping, i, j), v_dot)
+
+        # The weights of a block are computed again when they are needed again, or
+        # all scores would be kept.
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def block(carry, keys):
+            return _where_seen(seen, i, q, add, carry, *keys), None
+
+        rows = q.shape[:-1]
+        start = jnp.zeros(rows, dtype), jnp.zeros((*rows, v.shape[-1]), dtype)
+        keys = (jnp.arange(k.shape[0]), k, v, k_dot, v_dot)
+        (total, acc), _ = jax.lax.scan(block, start, keys)
+        out_dot = acc - total[..., None] * out.astype(dtype)
+        return out_dot.astype(q.dtype), total
+
+    rows = (jnp.arange(q.shape[0]), q, q_dot, out, log_sum)
+    dots = jax.lax.map(lambda xs: of_queries(*xs), rows)
+    return (out, log_sum), dots
+
+
+def _where_seen(seen, i, q, add, carry, j, k, *rest):
+    """`add(visible, carry, j, k, *rest)` unless block `i` sees nothing of block `j`."""
+    size = (q.shape[-2], k.shape[-2])
+    visible = seen.block(i * size[0], j * size[1], size).pairs()
+    if visible is None:
+        return add(jnp.ones((1,) * q.ndim, bool), carry, j, k, *rest)
+    visible = grouped(visible, k.shape[-3])
+    return jax.lax.cond(
+        jnp.any(visible), add, lambda _, carry, *__: carry, visible, carry, j, k, *rest
+    )
+
+
+def _scores(q, k, scale, dtype):
+    pattern = "...hgqd,...hkd->...hgqk"
+    return jnp.einsum(pattern, q, k, preferred_element_type=dtype) * scale
+
+
+def _weights(scores, visible, log_sum):
+    """Softmax weights before division, zero where nothing is seen."""
+    # Twice `where`: what is not seen may overflow, and infinity times zero is NaN.
+    exponents = jnp.where(visible, scores - log_sum[..., None], 0)
+    return jnp.where(visible, jnp.exp(exponents), 0)
+
+
+def _values(weights, v):
+    weights, dtype = weights.astype(v.dtype), weights.dtype
+    pattern = "...hgqk,...hkv->...hgqv"
+    return jnp.einsum(pattern, weights, v, preferred_element_type=dtype)
+
+
+def _dropped(weights, dropping, i, j):
+    if dropping is None:
+        return weights
+    p, key = dropping
+    key = jax.random.fold_in(jax.random.fold_in(key, i), j)
+    return weights * kept((p, key), weights.shape, weights.dtype)
