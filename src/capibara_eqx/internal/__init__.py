@@ -1,3 +1,5 @@
+from ._activation import activate as activate
+from ._activation import check_activation as check_activation
 from ._checks import check_choice as check_choice
 from ._checks import check_ids as check_ids
 from ._checks import check_last_axis as check_last_axis
@@ -15,6 +17,8 @@ from ._precision import accumulate as accumulate
 from ._precision import accumulator_dtype as accumulator_dtype
 from ._precision import promote_dtypes as promote_dtypes
 from ._segments import last_segment as last_segment
+from ._segments import segment_documents as segment_documents
+from ._segments import segment_positions as segment_positions
 from ._segments import segment_starts as segment_starts
 from ._segments import zero_padding as zero_padding
 from ._silu import silu as silu
