@@ -95,11 +95,11 @@ def test_a_layer_that_sees_the_future_has_no_cache():
         (Mamba(4, key=KEY).init_cache(), ("must be a KVCache", "got MambaCache")),
         (
             LAYER.init_cache((3,), max_len=4),
-            ("`cache.key` has shape (3, 4, 2, 2)", "expected (4, 2, 2)"),
+            ("`cache.key` has shape (3, 2, 4, 2)", "expected (2, 4, 2)"),
         ),
         (
             Attention(4, 1, key=KEY).init_cache(max_len=4),
-            ("`cache.key` has shape (4, 1, 4)", "init_cache"),
+            ("`cache.key` has shape (1, 4, 4)", "init_cache"),
         ),
     ],
     ids=["of_mamba", "of_a_batch", "of_other_heads"],

@@ -44,7 +44,7 @@ def test_pairs_are_complex_numbers_turned_by_the_position(base, seed):
     want = np.empty(x.shape)
     for b, t, h in np.ndindex(2, 5, 3):
         row = np.asarray(x[b, t, h], "float64")
-        want[b, t, h] = turned(row, positions[b, t], base)
+        want[b, t, h] = turned(row, int(positions[b, t]), base)
     # An angle of 300 has a spacing of 300 eps in float32.
     assert_close(got, want, dtype="float32", length=300**2)
 

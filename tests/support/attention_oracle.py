@@ -23,7 +23,7 @@ def attention(
     *batch, queries, heads, d = query.shape
     keys, kv_heads = key.shape[-3:-1]
     out = np.zeros((*batch, queries, heads, value.shape[-1]))
-    scale = 1 / np.sqrt(d) if scale is None else scale
+    size = 1 / np.sqrt(d) if scale is None else scale
 
     def at(array, row, default):
         return default if array is None else array[row]
@@ -45,7 +45,7 @@ def attention(
                 sees = sees and (window is None or abs(q_at[i] - k_at[j]) < window)
                 sees = sees and (shown is None or bool(shown[h, i, j]))
                 if sees:
-                    scores[j] = scale * float(query[row][i, h] @ key[row][j, group])
+                    scores[j] = size * float(query[row][i, h] @ key[row][j, group])
             if scores:
                 highest = max(scores.values())
                 total = sum(np.exp(s - highest) for s in scores.values())

@@ -16,24 +16,26 @@ class KVCache(eqx.Module):
     own.
     """
 
-    key: Float[Array, "*batch slots kv_heads d"]
-    value: Float[Array, "*batch slots kv_heads v"]
+    # The tokens of a head side by side, in the order in which a step reads them.
+    key: Float[Array, "*batch kv_heads slots d"]
+    value: Float[Array, "*batch kv_heads slots v"]
     length: Int[Array, "*batch"]
     segment: Int[Array, "*batch"]
 
     @property
     def slots(self) -> int:
         """Number of tokens that it can hold."""
-        return self.key.shape[-3]
+        return self.key.shape[-2]
 
 
 def new_kv_cache(
     batch_shape: tuple[int, ...], slots: int, key, value, dtype: DTypeLike
 ) -> KVCache:
     """A cache that has seen nothing; `key` and `value` are `(kv_heads, width)`."""
+    (kv_heads, d), (_, v) = key, value
     return KVCache(
-        jnp.zeros((*batch_shape, slots, *key), dtype),
-        jnp.zeros((*batch_shape, slots, *value), dtype),
+        jnp.zeros((*batch_shape, kv_heads, slots, d), dtype),
+        jnp.zeros((*batch_shape, kv_heads, slots, v), dtype),
         jnp.zeros(batch_shape, jnp.int32),
         fresh_segment(batch_shape),
     )
@@ -113,13 +115,18 @@ def _visible(cache, chunk, key, value):
     positions = last - (last - slot) % cache.slots
     documents = jnp.where(positions >= 0, 0, -1)
     if chunk is None:
-        return cache.key, cache.value, positions, documents
+        return _by_token(cache.key), _by_token(cache.value), positions, documents
     return (
-        jnp.concatenate([cache.key, key.astype(cache.key.dtype)], axis=-3),
-        jnp.concatenate([cache.value, value.astype(cache.value.dtype)], axis=-3),
+        jnp.concatenate([_by_token(cache.key), key.astype(cache.key.dtype)], -3),
+        jnp.concatenate([_by_token(cache.value), value.astype(cache.value.dtype)], -3),
         jnp.concatenate([positions, chunk.positions], axis=-1),
         jnp.concatenate([documents, chunk.documents], axis=-1),
     )
+
+
+def _by_token(x):
+    """`(*batch, kv_heads, slots, d)` as `(*batch, slots, kv_heads, d)`, or back."""
+    return jnp.moveaxis(x, -2, -3)
 
 
 def _write(key, value, chunk, cache, is_ring) -> KVCache:
@@ -159,8 +166,8 @@ def _scatter(old, slots, new):
     """`old` with `new` at `slots`; what has no slot is left out."""
 
     def row(old, slots, new):
-        return old.at[slots].set(new, mode="drop", unique_indices=False)
+        return old.at[:, slots].set(new, mode="drop")
 
     for _ in range(slots.ndim - 1):
         row = eqx.filter_vmap(row)
-    return row(old, slots, new.astype(old.dtype))
+    return row(old, slots, _by_token(new).astype(old.dtype))

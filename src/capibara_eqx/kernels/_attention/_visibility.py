@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -11,8 +13,8 @@ class Visibility(eqx.Module):
     mask has a heads axis behind them, and each of its axes may be of size one.
     """
 
-    query_positions: Int[Array, "*#batch query"] | None
-    key_positions: Int[Array, "*#batch key"] | None
+    query_positions: Int[Array, "*#batch query"]
+    key_positions: Int[Array, "*#batch key"]
     query_segments: Int[Array, "*#batch query"] | None
     key_segments: Int[Array, "*#batch key"] | None
     mask: Bool[Array, "*#batch #heads #query #key"] | None
@@ -81,7 +83,7 @@ def _difference(query, key):
     return query[..., :, None] - key[..., None, :]
 
 
-def _pad(x, axis, count, value):
+def _pad(x: Any, axis: int, count: int, value: Any) -> Any:
     if x is None or (x.shape[axis] == 1 and x.ndim > 2 and x.dtype == bool):
         return x
     widths = [(0, 0)] * x.ndim
@@ -89,7 +91,7 @@ def _pad(x, axis, count, value):
     return jnp.pad(x, widths, constant_values=value)
 
 
-def _slice(x, axis, start, size):
+def _slice(x: Any, axis: int, start: Array, size: int) -> Any:
     if x is None or x.shape[axis] == 1:
         return x
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)

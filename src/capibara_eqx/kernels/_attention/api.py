@@ -7,13 +7,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from ...internal import check_probability, check_size, promote_dtypes
 from .._checks import check_shape
 from .._dispatch import dispatch
-from . import blockwise, reference, xla
+from . import blockwise, one_query, reference, xla
 from ._visibility import Visibility
 
 
 BACKENDS = {
     "xla": xla.attention,
     "blockwise": blockwise.attention,
+    "one_query": one_query.attention,
     "cudnn": xla.cudnn,
     "reference": reference.attention,
 }
@@ -55,7 +56,8 @@ def attention(
     is linear in the length, forward and backward (Milakov and Gimelshein, *Online
     normalizer calculation for softmax*, arXiv 1805.02867; Dao et al.,
     *FlashAttention*, arXiv 2205.14135), and skips blocks in which nothing is seen.
-    All but `"cudnn"` have derivatives of any order in both modes.
+    `"one_query"` takes a single query, as a step from a cache has. All but `"cudnn"`
+    have derivatives of any order in both modes.
 
     **Arguments:**
 
@@ -73,9 +75,10 @@ def attention(
     - `scale`: $1 / \sqrt{d}$ if not given.
     - `dropout_p`: probability of dropping a softmax weight; the others are scaled up.
     - `dropout_key`: for the draws, needed if `dropout_p` is not 0.
-    - `implementation`: `"xla"`, `"blockwise"`, `"cudnn"`, `"reference"`, or a
-        sequence of names of which the first that can is used. If not given, `"xla"`
-        where its scores are few and `"blockwise"` elsewhere.
+    - `implementation`: `"xla"`, `"blockwise"`, `"one_query"`, `"cudnn"`,
+        `"reference"`, or a sequence of names of which the first that can is used. If
+        not given, `"one_query"` where it can, `"xla"` where scores are few, and
+        `"blockwise"` elsewhere.
 
     **Returns:**
 
@@ -89,7 +92,9 @@ def attention(
     !!! example
 
         ```python
-        y = attention(q, k, v, is_causal=True)         # q, k, v: (2, 128, 8, 64)
+        q = jax.random.normal(key, (2, 128, 8, 64))
+        k = v = jax.random.normal(key, (2, 128, 2, 64))
+        y = attention(q, k, v, is_causal=True)         # (2, 128, 8, 64)
         ```
     """
     _check(query, key, value)
@@ -101,25 +106,29 @@ def attention(
     positions = _pair("positions", query_positions, key_positions, batch, queries, keys)
     segments = _pair("segments", query_segments, key_segments, batch, queries, keys)
     ones = (1,) * len(batch)
-    counted = tuple(
+    q_at, k_at = positions or (
         jnp.arange(n, dtype=jnp.int32).reshape(*ones, n) for n in (queries, keys)
     )
-    seen = Visibility(
-        *(positions or counted), *(segments or (None, None)), mask, is_causal, window
-    )
+    q_of, k_of = segments or (None, None)
+    seen = Visibility(q_at, k_at, q_of, k_of, mask, is_causal, window)
     scale = 1 / math.sqrt(d) if scale is None else scale
     dtype = promote_dtypes(query.dtype, key.dtype, value.dtype)
-    arrays = (x.astype(dtype) for x in (query, key, value))
+    arrays = [x.astype(dtype) for x in (query, key, value)]
     dropping = _dropping(dropout_p, dropout_key)
-    few = math.prod(batch) * heads * queries * keys <= _SCORES_AT_ONCE
-    default = {name: BACKENDS[name] for name in ("xla", "blockwise")[not few :]}
     return dispatch(
         "attention",
         BACKENDS,
         implementation,
         *(*arrays, seen, scale, dropping),
-        default=default,
+        default=_default(math.prod(batch) * heads, queries, keys),
     )
+
+
+def _default(rows, queries, keys):
+    """What serves, by the number of scores, which are static."""
+    few = rows * queries * keys <= _SCORES_AT_ONCE
+    names = ("one_query",) if queries == 1 else ("xla",) if few else ()
+    return {name: BACKENDS[name] for name in (*names, "blockwise")}
 
 
 def _check(query, key, value) -> None:

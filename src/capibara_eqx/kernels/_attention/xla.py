@@ -22,8 +22,8 @@ def attention(
             "be of float64; use 'blockwise' or 'reference'"
         )
     # Its backward pass mixes narrow dtypes with float32: strict promotion forbids it.
-    wide = (accumulate(x) for x in (query, key, value))
-    return of_jax("xla", *wide, seen, scale, dropping).astype(query.dtype)
+    q, k, v = (accumulate(x) for x in (query, key, value))
+    return of_jax("xla", q, k, v, seen, scale, dropping).astype(query.dtype)
 
 
 def cudnn(
