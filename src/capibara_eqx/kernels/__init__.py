@@ -1,4 +1,6 @@
+from ._attention import attention as attention
 from ._causal_conv import causal_conv as causal_conv
+from ._experts import experts as experts
 from ._implementations import Implementation as Implementation
 from ._implementations import implementations as implementations
 from ._linear_recurrence import linear_recurrence as linear_recurrence

@@ -2,7 +2,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from . import _backends
+from ._attention import api as attention
 from ._causal_conv import api as causal_conv
+from ._experts import api as experts
 from ._linear_recurrence import api as linear_recurrence
 from ._selective_scan import api as selective_scan
 
@@ -11,6 +13,8 @@ _OPERATIONS: Mapping[str, Any] = {
     "selective_scan": selective_scan,
     "linear_recurrence": linear_recurrence,
     "causal_conv": causal_conv,
+    "experts": experts,
+    "attention": attention,
 }
 
 
@@ -51,7 +55,7 @@ def implementations() -> list[Implementation]:
         reasons = {name: _reason(api, name) for name in api.BACKENDS}
         serving = [name for name, reason in reasons.items() if reason is None]
         own = _backends.PLATFORMS.get(_backends.platform())
-        default = own if own in serving else "xla"
+        default = own if own in serving else getattr(api, "DEFAULT", "xla")
         found += [
             Implementation(operation, name, reason, name == default)
             for name, reason in reasons.items()
@@ -60,6 +64,8 @@ def implementations() -> list[Implementation]:
 
 
 def _reason(api: Any, name: str) -> str | None:
+    if name in getattr(api, "REASONS", {}):
+        return api.REASONS[name]()
     by_name = {kernel: key for key, kernel in _backends.PLATFORMS.items()}
     if name not in by_name:
         return None

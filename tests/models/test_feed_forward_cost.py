@@ -1,0 +1,55 @@
+"""Work of feed-forward layers, by formula and as the compiler counts it."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import pytest
+
+from capibara_eqx.layers import GLU, MLP, Mamba, MoE, SwiGLU
+from capibara_eqx.models import LanguageModel, TransformerBlock, model_cost
+
+
+KEY = jax.random.key(0)
+
+
+def by_formula(layer):
+    """What a model with the layer in its block costs more than one with a small MLP."""
+    smallest = MLP(64, 1, use_bias=False, key=KEY)
+    models = [
+        LanguageModel(
+            2, 64, [TransformerBlock(Mamba(64, 1, key=KEY), part, 64)], key=KEY
+        )
+        for part in (layer, smallest)
+    ]
+    costs = [model_cost(model)[-1].flops for model in models]
+    return costs[0] - costs[1] + 2 * 2 * 64
+
+
+def by_compiler(layer):
+    compiled = eqx.filter_jit(layer).lower(jnp.zeros((1, 64))).compile()
+    return compiled.compiled.cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        GLU(64, 100, "reglu", key=KEY),
+        SwiGLU(64, 100, key=KEY),
+        MLP(64, 100, "relu", key=KEY),
+        # Every expert is chosen, and computed.
+        MoE(64, 4, 4, 30, shared_d_ff=50, implementation="dense", key=KEY),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_products_are_nearly_all_of_the_work(layer):
+    ours, counted = by_formula(layer), by_compiler(layer)
+    assert ours < counted < 1.1 * ours
+
+
+def test_experts_that_are_not_chosen_cost_nothing():
+    router, expert, shared = 2 * 64 * 8, 3 * 2 * 64 * 30, 3 * 2 * 64 * 50
+    for top_k in (1, 3):
+        layer = MoE(64, 8, top_k, 30, key=KEY)
+        assert by_formula(layer) == router + top_k * expert
+    layer = MoE(64, 8, 2, 30, shared_d_ff=50, key=KEY)
+    assert by_formula(layer) == router + 2 * expert + shared
