@@ -19,10 +19,20 @@ PUBLIC = {
     name: getattr(module, name)
     for module in (kernels, layers, models)
     for name in dir(module)
-    if not name.startswith("_") and not inspect.ismodule(getattr(module, name))
+    # No modules, and no unions of types.
+    if not name.startswith("_") and callable(getattr(module, name))
 }
 # What functions return is shown by the functions.
-RESULTS = ("Conv1DCache", "MambaCache", "Cost", "Generation", "ModelOutput")
+RESULTS = (
+    "Conv1DCache",
+    "EmbeddingCache",
+    "KVCache",
+    "MambaCache",
+    "Cost",
+    "Generation",
+    "ModelCache",
+    "ModelOutput",
+)
 
 
 def sequences(*widths: int) -> list[Array]:

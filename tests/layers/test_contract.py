@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.layer_cases import (
     LENGTH,
+    ROOM,
     call,
     chunks,
     close,
@@ -21,13 +22,13 @@ from support.layer_cases import (
     step,
 )
 
-from capibara_eqx.layers import AbstractSequenceMixer
+from capibara_eqx.layers import AbstractSequenceMixer, PatchEmbedding
 
 
 def everything(layer, x, ids, x_next):
     """All that a mixer computes: a call, a prefill, a step."""
     batch = x_next.shape[: ids.ndim - 1]
-    y, cache = prefill(layer, x, layer.init_cache(batch, max_len=LENGTH + 1), ids)
+    y, cache = prefill(layer, x, layer.init_cache(batch, max_len=ROOM), ids)
     return call(layer, x, ids), y, cache, *step(layer, x_next, cache)
 
 
@@ -35,6 +36,8 @@ def call_vmapped(layer, x, *ids):
     axes = ids[0].ndim - 1 if ids else x.ndim - 1
     if not ids and isinstance(layer, AbstractSequenceMixer):
         axes -= 1  # the sequence
+    if isinstance(layer, PatchEmbedding):
+        axes -= 2  # channels and height
 
     def rows(x, *ids):
         return call(layer, x, *ids)

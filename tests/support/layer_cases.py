@@ -19,25 +19,38 @@ from hypothesis import strategies as st
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
+    GLU,
+    MLP,
+    Attention,
+    ByteEmbedding,
     Conv1DBlock,
+    DecoupledAttention,
     Dropout,
     Embedding,
     LayerNorm,
     Linear,
     Mamba,
+    MoE,
+    PatchEmbedding,
     RMSNorm,
+    SwiGLU,
+    TokenEmbedding,
 )
 from capibara_eqx.models import (
     LanguageModel,
     ResidualBlock,
     Stack,
+    TransformerBlock,
     mamba_language_model,
+    transformer_language_model,
 )
 
 
 # Tokens a row. Packed rows are cut into pieces of 1, 2 and 4 tokens: between them
 # every point of a row can be a cut, and few functions have to be compiled.
 LENGTH = 6
+# Tokens that a cache must hold: a row, and what a test reads after it.
+ROOM = LENGTH + 2
 PIECES = (1, 2, 4)
 VOCAB = 7
 
@@ -71,6 +84,11 @@ class Case:
     slow: bool = False
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The axes of one input, without that of `width`."""
+        return self.axes or (LENGTH,)
+
+    @property
     def kinds(self) -> set[str]:
         if not self.mixer:
             return {"pointwise"}
@@ -87,14 +105,21 @@ def _scanned_model(*, key) -> LanguageModel:
     return mamba_language_model(VOCAB, 3, 2, d_state=2, d_conv=2, scan=True, key=key)
 
 
-def _mixed_model(*, key) -> LanguageModel:
-    model_key, mamba_key, conv_key = jax.random.split(key, 3)
+def _hybrid_model(*, key) -> LanguageModel:
+    """Every kind of mixer, with and without a feed-forward."""
+    model_key, *keys = jax.random.split(key, 7)
     mixers = [
-        Mamba(3, 2, d_conv=2, key=mamba_key),
-        Conv1DBlock(3, 3, 2, dilation=2, key=conv_key),
+        Mamba(4, 2, d_conv=2, key=keys[0]),
+        Conv1DBlock(4, 4, 2, dilation=2, key=keys[1]),
+        Attention(4, 2, 1, rope_enabled=True, key=keys[2]),
     ]
-    blocks = [ResidualBlock(mixer, 3) for mixer in mixers]
-    return LanguageModel(VOCAB, 3, blocks, tie_embeddings=False, key=model_key)
+    decoupled = DecoupledAttention(4, 2, sem_dim=2, geo_dim=4, window=3, key=keys[3])
+    blocks = [
+        *(ResidualBlock(mixer, 4) for mixer in mixers),
+        TransformerBlock(decoupled, MoE(4, 3, 2, 3, key=keys[4]), 4),
+        TransformerBlock(mixers[2], SwiGLU(4, 5, key=keys[5]), 4),
+    ]
+    return LanguageModel(VOCAB, 4, blocks, tie_embeddings=False, key=model_key)
 
 
 _EVERYTHING: dict[str, Any] = {
@@ -105,6 +130,11 @@ _EVERYTHING: dict[str, Any] = {
     "residual": True,
 }
 _ODD: dict[str, Any] = {"dt_rank": 2, "activation": "gelu", "bias": True}
+_ATTENTION: dict[str, Any] = {
+    "rope_enabled": True,
+    "qk_norm": True,
+    "use_bias": True,
+}
 _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "any"}
 
 CASES = (
@@ -112,6 +142,26 @@ CASES = (
     Case("rms_norm", lambda key: RMSNorm(5), 5, 5, mixer=False),
     Case("layer_norm", lambda key: LayerNorm(5), 5, 5, mixer=False),
     Case("embedding", partial(Embedding, VOCAB, 3), 3, 1, mixer=False, tokens=True),
+    Case("byte_embedding", partial(ByteEmbedding, 3, 2), 3, 1, False, tokens=True),
+    Case(
+        "token_embedding",
+        partial(TokenEmbedding, VOCAB, 3, "learned", 4 * LENGTH, scale=True),
+        width=3,
+        terms=2,
+        tokens=True,
+        remembers=False,
+    ),
+    Case(
+        "patch_embedding",
+        partial(PatchEmbedding, (4, 6), (2, 3), 5, 2, True, "learned"),
+        width=6,
+        terms=12,
+        mixer=False,
+        axes=(2, 4),
+    ),
+    Case("glu", partial(GLU, 5, 7, "geglu", True), 5, 12, mixer=False),
+    Case("mlp", partial(MLP, 5, 7, d_out=3), 5, 12, mixer=False),
+    Case("moe", partial(MoE, 5, 4, 2, 3, shared_d_ff=2), 5, 20, mixer=False),
     Case("dropout_at_inference", lambda key: Dropout(0.5, True), 5, 1, mixer=False),
     Case(
         "conv_centred",
@@ -132,6 +182,13 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
+    Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
+    Case(
+        "decoupled_ring",
+        partial(DecoupledAttention, 4, 2, 1, 2, 4, decoupled_gate=True, window=3),
+        width=4,
+        terms=20,
+    ),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     # The rest differs from the ones above in a value or two.
     Case(
@@ -139,6 +196,15 @@ CASES = (
         partial(Conv1DBlock, 2, 4, 3, activation=None, implementation="reference"),
         width=2,
         terms=6,
+        slow=True,
+    ),
+    Case(
+        "token_embedding_sinusoidal",
+        partial(TokenEmbedding, VOCAB, 3, "sinusoidal"),
+        width=3,
+        terms=2,
+        tokens=True,
+        remembers=False,
         slow=True,
     ),
     Case("mamba_no_conv", partial(Mamba, 3, 1, 1, conv_bias=False), 3, 20, slow=True),
@@ -159,7 +225,22 @@ CASES = (
         cache_axes=1,
         slow=True,
     ),
-    Case("model_mixed", _mixed_model, **_MODEL, slow=True),
+    Case(
+        "model_llama",
+        partial(transformer_language_model, VOCAB, 4, 2, 2, n_kv_heads=1),
+        **_MODEL,
+        slow=True,
+    ),
+    Case("model_hybrid", _hybrid_model, **_MODEL, slow=True),
+    Case("attention_ring", partial(Attention, 3, 1, window=3), 3, 20, slow=True),
+    Case("attention_plain", partial(Attention, 3, 3), 3, 20, slow=True),
+    Case(
+        "decoupled_plain",
+        partial(DecoupledAttention, 4, 2, 1, 2, 4, 6, rope_enabled=False),
+        width=4,
+        terms=20,
+        slow=True,
+    ),
 )
 
 
@@ -201,7 +282,7 @@ def inputs(case: Case, shape: tuple[int, ...], seed: int, dtype: str = "float32"
 
 def call(layer, x, ids=None):
     y = layer(x) if ids is None else layer(x, segment_ids=ids)
-    return y[0] if isinstance(layer, Stack) else y
+    return y[0] if isinstance(layer, Stack | MoE) else y
 
 
 def prefill(layer, x, cache, ids=None):
@@ -240,7 +321,7 @@ def run(case: Case, function: Callable[..., Any], *args: Any) -> Any:
 
 
 def fresh(case: Case, batch: tuple[int, ...] = ()) -> Any:
-    return jax.tree.map(np.asarray, layer_of(case).init_cache(batch, max_len=LENGTH))
+    return jax.tree.map(np.asarray, layer_of(case).init_cache(batch, max_len=ROOM))
 
 
 def close(case: Case, got: Any, want: Any, name: str, dtype: str = "float32") -> None:

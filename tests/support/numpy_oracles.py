@@ -225,6 +225,20 @@ def layer_norm(
     return y if bias is None else y + wide(bias)
 
 
+def sinusoidal_positions(positions: object, d_model: int, base: float = 10000.0):
+    """Sines at even channels, cosines at odd ones; one number after the other.
+
+    In long double: a far position times a frequency is no float64.
+    """
+    where = np.asarray(positions)
+    out = np.zeros((*where.shape, d_model), np.longdouble)
+    for index in np.ndindex(out.shape):
+        exponent = np.longdouble(-2 * (index[-1] // 2)) / d_model
+        angle = np.longdouble(where[index[:-1]]) * np.longdouble(base) ** exponent
+        out[index] = np.sin(angle) if index[-1] % 2 == 0 else np.cos(angle)
+    return out.astype(np.float64)
+
+
 def _mamba_document(
     params: Mapping[str, Array], x: Array, activation: str | None
 ) -> Array:
