@@ -3,7 +3,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from capibara_eqx.models import mamba_language_model, model_cost
+from capibara_eqx.models import (
+    mamba_language_model,
+    model_cost,
+    transformer_language_model,
+)
 
 
 @pytest.mark.parametrize("scan", [False, True])
@@ -71,6 +75,56 @@ def test_what_the_formulas_leave_out_is_small():
     counted, ours = flops()
     # 3 % at this width, 9 % before jax 0.10, less at larger ones.
     assert ours < counted < 1.1 * ours
+
+
+def llama_flops(max_len, **options):
+    """As `flops`, of a Transformer: its cache, the compiler's count, the formula's."""
+    arguments = {"n_kv_heads": 1, "implementation": "reference", **options}
+    model = transformer_language_model(
+        64, 128, 1, 2, key=jax.random.key(0), **arguments
+    )
+    step = eqx.filter_jit(lambda m, t, c: m.step(t, c))
+    cache = model.init_cache((), max_len=max_len)
+    compiled = step.lower(model, jnp.asarray(3, jnp.int32), cache).compile()
+    total = model_cost(model, max_len)[-1]
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+    assert total.state_bytes == held
+    return compiled.compiled.cost_analysis()["flops"], total.flops
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "decoupled", "sem_dim": 32, "geo_dim": 64}],
+    ids=["gqa", "decoupled"],
+)
+def test_attention_costs_about_what_the_compiler_counts(options):
+    (counted, ours), (base_counted, base_ours) = (
+        llama_flops(max_len, **options) for max_len in (512, 256)
+    )
+    # The compiler counts positions and masks too: a few integers a token.
+    assert base_ours < base_counted < 1.15 * base_ours
+    assert ours - base_ours < counted - base_counted < 1.4 * (ours - base_ours)
+
+
+def test_a_window_bounds_work_and_state():
+    long, short = (
+        model_cost(
+            transformer_language_model(
+                64, 32, 1, 4, window=window, key=jax.random.key(0)
+            ),
+            max_len=100,
+        )[-1]
+        for window in (None, 7)
+    )
+    assert long.flops - short.flops == 4 * 93 * (2 * 8 + 2 * 8 + 5)
+    assert long.state_bytes - short.state_bytes == 93 * 2 * 32 * 4
+
+
+@pytest.mark.errors
+def test_attention_needs_a_length():
+    model = transformer_language_model(32, 16, 1, 2, key=jax.random.key(0))
+    with pytest.raises(ValueError, match="`max_len` is needed"):
+        model_cost(model)
 
 
 @pytest.mark.errors

@@ -8,7 +8,7 @@ import pytest
 from jax import export
 from support.tolerances import assert_close
 
-from capibara_eqx.models import mamba_language_model
+from capibara_eqx.models import mamba_language_model, transformer_language_model
 
 
 # The platforms read rows of a batch in different ways if there are many states.
@@ -43,6 +43,25 @@ def test_a_gradient_lowers(implementation, platforms):
     tokens = jax.ShapeDtypeStruct((ROWS, 40), jnp.int32)
     exported = export.export(function, platforms=platforms)(arrays, tokens)
     assert exported.platforms == platforms
+    assert len(exported.out_avals) == 1 + len(jax.tree.leaves(arrays))
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_a_gradient_of_a_transformer_lowers(platform):
+    """With experts, so many tokens that attention runs in blocks, and padding."""
+    model = transformer_language_model(
+        11, 8, 1, 2, num_experts=3, implementation="blockwise", key=jax.random.key(0)
+    )
+    arrays, static = eqx.partition(model, eqx.is_array)
+
+    def loss(arrays, tokens, ids):
+        logits = eqx.combine(arrays, static)(tokens, segment_ids=ids)
+        return jnp.mean(jnp.square(logits))
+
+    tokens = jax.ShapeDtypeStruct((2, 600), jnp.int32)
+    function = jax.jit(jax.value_and_grad(loss))
+    exported = export.export(function, platforms=(platform,))(arrays, tokens, tokens)
+    assert exported.platforms == (platform,)
     assert len(exported.out_avals) == 1 + len(jax.tree.leaves(arrays))
 
 

@@ -1,10 +1,16 @@
 from ._aux import aux_losses as aux_losses
+from ._block import AbstractBlock as AbstractBlock
 from ._block import ResidualBlock as ResidualBlock
 from ._cost import Cost as Cost
 from ._cost import model_cost as model_cost
+from ._diffusion_lm import diffusion_generate as diffusion_generate
+from ._diffusion_lm import diffusion_language_loss as diffusion_language_loss
 from ._generate import Generation as Generation
 from ._generate import generate as generate
 from ._language_model import LanguageModel as LanguageModel
+from ._language_model import ModelCache as ModelCache
 from ._language_model import ModelOutput as ModelOutput
 from ._mamba_lm import mamba_language_model as mamba_language_model
 from ._stack import Stack as Stack
+from ._transformer_block import TransformerBlock as TransformerBlock
+from ._transformer_lm import transformer_language_model as transformer_language_model

@@ -1,3 +1,4 @@
+import abc
 from typing import Any
 
 import equinox as eqx
@@ -8,7 +9,54 @@ from ..internal import check_probability, split_or_none, zero_padding
 from ..layers import AbstractSequenceMixer, Dropout, RMSNorm
 
 
-class ResidualBlock(eqx.Module):
+class AbstractBlock(eqx.Module):
+    """A part of a `Stack`: it keeps the residual stream's width and can be streamed.
+
+    As `AbstractSequenceMixer`, but `__call__` returns `(y, aux)` always.
+
+    !!! example
+
+        ```python
+        block: AbstractBlock = ResidualBlock(mixer, 64)
+        y, aux = block(x)
+        y, cache = block.prefill(x, block.init_cache((2,)))
+        ```
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        *,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "*batch seq d_model"], PyTree]:
+        """The new residual stream and what the layers report."""
+
+    @abc.abstractmethod
+    def init_cache(
+        self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
+    ) -> Any:
+        """See `AbstractSequenceMixer.init_cache`."""
+
+    @abc.abstractmethod
+    def prefill(
+        self,
+        x: Float[Array, "*batch seq d_model"],
+        cache: Any,
+        *,
+        segment_ids: Int[Array, "*batch seq"] | None = None,
+    ) -> tuple[Float[Array, "*batch seq d_model"], Any]:
+        """See `AbstractSequenceMixer.prefill`; there is no dropout."""
+
+    @abc.abstractmethod
+    def step(
+        self, x: Float[Array, "*batch d_model"], cache: Any
+    ) -> tuple[Float[Array, "*batch d_model"], Any]:
+        """See `AbstractSequenceMixer.step`; there is no dropout."""
+
+
+class ResidualBlock(AbstractBlock):
     r"""A pre-norm residual around a sequence mixer.
 
     $$y = x + \mathrm{dropout}(\mathrm{mixer}(\mathrm{norm}(x)))$$
@@ -82,7 +130,7 @@ class ResidualBlock(eqx.Module):
         seen = self.norm(zero_padding(x, segment_ids))
         out = self.mixer(seen, segment_ids=segment_ids, key=mixer_key)
         y, aux = out if isinstance(out, tuple) else (out, None)
-        return _add(x, self.dropout(y, key=dropout_key)), aux
+        return add("ResidualBlock", x, self.dropout(y, key=dropout_key)), aux
 
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
@@ -100,20 +148,23 @@ class ResidualBlock(eqx.Module):
         """See `AbstractSequenceMixer.prefill`; there is no dropout."""
         seen = self.norm(zero_padding(x, segment_ids))
         y, cache = self.mixer.prefill(seen, cache, segment_ids=segment_ids)
-        return _add(x, y), cache
+        return add("ResidualBlock", x, y), cache
 
     def step(
         self, x: Float[Array, "*batch d_model"], cache: Any
     ) -> tuple[Float[Array, "*batch d_model"], Any]:
         """See `AbstractSequenceMixer.step`; there is no dropout."""
         y, cache = self.mixer.step(self.norm(x), cache)
-        return _add(x, y), cache
+        return add("ResidualBlock", x, y), cache
 
 
-def _add(x: Float[Array, "*shape"], y: Float[Array, "..."]) -> Float[Array, "*shape"]:
+def add(
+    block: str, x: Float[Array, "*shape"], y: Float[Array, "..."]
+) -> Float[Array, "*shape"]:
+    """The sum of the residual stream and a layer's output, of one shape."""
     if y.shape != x.shape:
         raise ValueError(
-            "ResidualBlock: the mixer must keep the shape of its input, "
+            f"{block}: every layer must keep the shape of its input, "
             f"{x.shape}, got {y.shape}. Build it with equal widths in and out, or "
             "project its output."
         )

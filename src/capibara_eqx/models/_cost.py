@@ -6,9 +6,26 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
-from ..layers import Conv1DBlock, Dropout, Embedding, LayerNorm, Linear, Mamba, RMSNorm
+from ..layers import (
+    GLU,
+    MLP,
+    AbstractAttention,
+    ByteEmbedding,
+    Conv1DBlock,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Mamba,
+    MoE,
+    PatchEmbedding,
+    RMSNorm,
+    SwiGLU,
+    TokenEmbedding,
+)
 from ._block import ResidualBlock
 from ._language_model import LanguageModel
+from ._transformer_block import TransformerBlock
 
 
 class Cost(NamedTuple):
@@ -25,17 +42,23 @@ class Cost(NamedTuple):
     flops: int
 
 
-def model_cost(model: LanguageModel) -> list[Cost]:
+def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     r"""Parameters, state and work of a model, part by part, the sum last.
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
     ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; norms as
-    four a channel. Forward, one token.
+    four a channel. Of a mixture of experts the router, the shared expert and the
+    `top_k` experts that a token takes are counted, though all have parameters and some
+    implementations compute all; attention as its four or more maps, two products a
+    score and five operations for its softmax, with `max_len` tokens in view, or as many
+    as its window. Forward, one token.
 
     **Arguments:**
 
     - `model`: of layers of this library.
+    - `max_len`: tokens that a cache of attention holds, and that a token sees; needed
+        if a layer has attention without a window.
 
     **Returns:**
 
@@ -44,7 +67,8 @@ def model_cost(model: LanguageModel) -> list[Cost]:
 
     **Raises:**
 
-    `ValueError` for a layer whose work is not known.
+    `ValueError` for a layer whose work is not known, or without a `max_len` that is
+    needed.
 
     !!! example
 
@@ -57,15 +81,15 @@ def model_cost(model: LanguageModel) -> list[Cost]:
     rows = [_cost("embedding", model.embedding, None, 0)]
     if isinstance(blocks, tuple):
         for index, block in enumerate(blocks):
-            flops = _flops(block)
-            cache = eqx.filter_eval_shape(block.init_cache)
+            flops = _flops(block, max_len)
+            cache = eqx.filter_eval_shape(block.init_cache, max_len=max_len)
             rows.append(_cost(f"block {index}", block, cache, flops))
     else:
-        flops = model.stack.num_blocks * _flops(blocks)
-        cache = eqx.filter_eval_shape(model.stack.init_cache)
+        flops = model.stack.num_blocks * _flops(blocks, max_len)
+        cache = eqx.filter_eval_shape(model.stack.init_cache, max_len=max_len)
         name = f"{model.stack.num_blocks} blocks"
         rows.append(_cost(name, blocks, cache, flops))
-    rows.append(_cost("norm", model.norm, None, _flops(model.norm)))
+    rows.append(_cost("norm", model.norm, None, _flops(model.norm, None)))
     head = 2 * model.d_model * model.vocab_size
     name = "head (tied)" if model.head is None else "head"
     rows.append(_cost(name, model.head, None, head))
@@ -83,7 +107,17 @@ def _cost(name: str, part: PyTree, cache: PyTree, flops: int) -> Cost:
     return Cost(name, count, bytes_, state, flops)
 
 
-def _flops(layer: Any) -> int:
+def _flops(layer: Any, max_len: int | None) -> int:
+    match layer:
+        case ResidualBlock():
+            parts = (layer.norm, layer.mixer)
+            return sum(_flops(part, max_len) for part in parts)
+        case TransformerBlock():
+            mixing = (layer.mixer_norm, layer.mixer)
+            parts = (*mixing, layer.feed_forward_norm, layer.feed_forward)
+            return sum(_flops(part, max_len) for part in parts)
+        case AbstractAttention():
+            return _attention(layer, max_len)
     for kind, formula in _FORMULAS.items():
         if isinstance(layer, kind):
             return formula(layer)
@@ -99,7 +133,7 @@ def _linear(layer: Linear) -> int:
 
 def _conv(layer: Conv1DBlock) -> int:
     taps = layer.in_channels // layer.groups * layer.kernel_size
-    norm = 0 if layer.norm is None else _flops(layer.norm)
+    norm = 0 if layer.norm is None else _flops(layer.norm, None)
     return 2 * taps * layer.out_channels + norm
 
 
@@ -109,17 +143,38 @@ def _mamba(layer: Mamba) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + scan
 
 
-def _block(block: ResidualBlock) -> int:
-    return _flops(block.norm) + _flops(block.mixer)
+def _gated(layer: GLU | SwiGLU) -> int:
+    return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
+
+
+def _experts(layer: MoE) -> int:
+    shared = 0 if layer.shared is None else _gated(layer.shared)
+    chosen = layer.top_k * 3 * 2 * layer.d_model * layer.d_ff
+    return _linear(layer.router) + chosen + shared
+
+
+def _attention(layer: AbstractAttention, max_len: int | None) -> int:
+    leaves = jax.tree.leaves(layer, is_leaf=lambda node: isinstance(node, Linear))
+    maps = sum(_linear(leaf) for leaf in leaves if isinstance(leaf, Linear))
+    # Shapes of a cache tell how many tokens are seen, and refuse a missing `max_len`.
+    cache = eqx.filter_eval_shape(layer.init_cache, max_len=max_len)
+    (_, d), (_, v) = layer.cached_shapes
+    return maps + layer.n_heads * cache.slots * (2 * d + 2 * v + 5)
 
 
 _FORMULAS: dict[type, Callable[[Any], int]] = {
     Linear: _linear,
     Embedding: lambda layer: 0,
+    ByteEmbedding: lambda layer: 0,
+    TokenEmbedding: lambda layer: 0,
+    PatchEmbedding: lambda layer: _linear(layer.proj),
     Dropout: lambda layer: 0,
     RMSNorm: lambda layer: 4 * layer.d_model,
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
     Mamba: _mamba,
-    ResidualBlock: _block,
+    GLU: _gated,
+    SwiGLU: _gated,
+    MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
+    MoE: _experts,
 }

@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -64,25 +67,16 @@ def generate(
         print(bytes(out.tokens[0].tolist()))
         ```
     """
-    check_size("max_new_tokens", max_new_tokens)
-    check_ids("generate", "prompt", prompt)
-    if prompt.ndim < 1 or prompt.shape[-1] == 0:
-        raise ValueError(
-            "generate: `prompt` must hold at least one token a row, got shape "
-            f"{prompt.shape}. Start with a token that begins a document."
-        )
-    check_segment_ids("generate", segment_ids, prompt.shape)
-    if not temperature >= 0:  # so that NaN is refused too
-        raise ValueError(f"`temperature` must be 0 or greater, got {temperature}.")
-    if top_k is not None:
-        check_size("top_k", top_k)
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}.")
-    if stop_token is not None and stop_token < 0:
-        raise ValueError(
-            f"`stop_token` must be a token id, 0 or greater, got {stop_token}. Leave "
-            "it out to generate `max_new_tokens` always."
-        )
+    check_generation(
+        "generate",
+        prompt,
+        max_new_tokens=max_new_tokens,
+        segment_ids=segment_ids,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_token=stop_token,
+    )
     if key is None:
         if temperature != 0:
             raise ValueError(
@@ -107,40 +101,96 @@ def generate(
     )
 
 
+def check_generation(
+    name: str,
+    prompt: Array,
+    *,
+    max_new_tokens: int,
+    segment_ids: Array | None,
+    temperature: int | float,
+    top_k: int | None,
+    top_p: float | None,
+    stop_token: int | None,
+) -> None:
+    """Raise `ValueError` for arguments of `name` that generate nothing sensible."""
+    check_size("max_new_tokens", max_new_tokens)
+    check_ids(name, "prompt", prompt)
+    if prompt.ndim < 1 or prompt.shape[-1] == 0:
+        raise ValueError(
+            f"{name}: `prompt` must hold at least one token a row, got shape "
+            f"{prompt.shape}. Start with a token that begins a document."
+        )
+    check_segment_ids(name, segment_ids, prompt.shape)
+    if not temperature >= 0:  # so that NaN is refused too
+        raise ValueError(f"`temperature` must be 0 or greater, got {temperature}.")
+    if top_k is not None:
+        check_size("top_k", top_k)
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"`top_p` must be above 0 and at most 1, got {top_p}.")
+    if stop_token is not None and stop_token < 0:
+        raise ValueError(
+            f"`stop_token` must be a token id, 0 or greater, got {stop_token}. Leave "
+            "it out to generate `max_new_tokens` always."
+        )
+
+
 @eqx.filter_jit
 def _generate(model, prompt, segment_ids, values, max_new_tokens, top_k):
     temperature, top_p, stop, key = values
+
+    def choose(logits, key):
+        return sample_logits(logits, temperature, top_k, top_p, key)
+
+    return generation_loop(
+        model, prompt, segment_ids, choose, stop, max_new_tokens, key=key
+    )
+
+
+def generation_loop(
+    model: Any,
+    prompt: Int[Array, "*batch prompt_len"],
+    segment_ids: Int[Array, "*batch prompt_len"],
+    choose: Callable[[Array, PRNGKeyArray], Array],
+    stop: Int[Array, ""],
+    max_new_tokens: int,
+    *,
+    key: PRNGKeyArray,
+) -> Generation:
+    """Reads the prompt, then chooses tokens one after the other.
+
+    `choose(output, key)` makes ids of what `model` computes for the last token of each
+    row, be it scores or features. A negative `stop` stops nothing.
+    """
     *batch, prompt_len = prompt.shape
     cache = model.init_cache(tuple(batch), max_len=prompt_len + max_new_tokens)
-    logits, cache = model.prefill(prompt, cache, segment_ids=segment_ids)
+    output, cache = model.prefill(prompt, cache, segment_ids=segment_ids)
     position = jnp.broadcast_to(jnp.arange(prompt_len), prompt.shape)
     last = jnp.max(jnp.where(segment_ids >= 0, position, 0), axis=-1)
-    logits = jnp.take_along_axis(logits, last[..., None, None], axis=-2)[..., 0, :]
+    output = jnp.take_along_axis(output, last[..., None, None], axis=-2)[..., 0, :]
 
     def unfinished(carry):
         i, _, _, _, done, _ = carry
         return (i < max_new_tokens) & ~jnp.all(done)
 
     def body(carry):
-        i, logits, cache, tokens, done, lengths = carry
-        draw = jax.random.fold_in(key, i)
-        token = _sample(logits, temperature, top_k, top_p, draw).astype(tokens.dtype)
+        i, output, cache, tokens, done, lengths = carry
+        token = choose(output, jax.random.fold_in(key, i)).astype(tokens.dtype)
         token = jnp.where(done, stop, token)
         tokens = jax.lax.dynamic_update_index_in_dim(tokens, token, i, -1)
         lengths = lengths + (~done).astype(lengths.dtype)
         done = done | (token == stop)
-        logits, cache = model.step(jnp.maximum(token, 0), cache)
-        return i + 1, logits, cache, tokens, done, lengths
+        output, cache = model.step(jnp.maximum(token, 0), cache)
+        return i + 1, output, cache, tokens, done, lengths
 
     tokens = jnp.full((*batch, max_new_tokens), stop, prompt.dtype)
     done = jnp.zeros(tuple(batch), bool)
     lengths = jnp.zeros(tuple(batch), jnp.int32)
-    start = (jnp.zeros((), jnp.int32), logits, cache, tokens, done, lengths)
+    start = (jnp.zeros((), jnp.int32), output, cache, tokens, done, lengths)
     _, _, _, tokens, _, lengths = jax.lax.while_loop(unfinished, body, start)
     return Generation(tokens, lengths)
 
 
-def _sample(
+def sample_logits(
     logits: Float[Array, "*batch vocab"],
     temperature: Float[Array, ""],
     top_k: int | None,

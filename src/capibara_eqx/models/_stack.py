@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from ..internal import check_choice, split_or_none
-from ._block import ResidualBlock
+from ._block import AbstractBlock
 
 
 # What is kept of a block's forward pass for its backward pass.
@@ -37,13 +37,13 @@ class Stack(eqx.Module):
         ```
     """
 
-    blocks: tuple[ResidualBlock, ...] | ResidualBlock
+    blocks: tuple[AbstractBlock, ...] | AbstractBlock
     num_blocks: int = eqx.field(static=True)
     remat: str | Callable[..., bool] | None = eqx.field(static=True)
 
     def __init__(
         self,
-        blocks: Sequence[ResidualBlock],
+        blocks: Sequence[AbstractBlock],
         *,
         scan: bool = False,
         remat: str | Callable[..., bool] | None = None,
@@ -198,7 +198,7 @@ class Stack(eqx.Module):
             )
 
 
-def _stack_blocks(blocks: Sequence[ResidualBlock]) -> ResidualBlock:
+def _stack_blocks(blocks: Sequence[AbstractBlock]) -> AbstractBlock:
     """One block whose arrays carry a leading layer axis."""
 
     def kind(block):
