@@ -61,7 +61,7 @@ def test_sub_packages_are_listed():
 
 
 def test_a_wrong_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match=r"'layer'.*cli, kernels, layers"):
+    with pytest.raises(AttributeError, match=r"'layer'.*cli, interop, kernels, layers"):
         getattr(capibara_eqx, "layer")  # noqa: B009
 
 
@@ -116,7 +116,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = {
         str(path.relative_to(ROOT / "src"))
         for path in (ROOT / "src" / "capibara_eqx").rglob("*")
-        if path.suffix == ".py" or path.name == "py.typed"
+        if path.suffix in (".py", ".cc", ".h") or path.name == "py.typed"
     }
     assert {name for name in names if not name.startswith(f"{info}/")} == source
     assert "capibara_eqx/py.typed" in names

@@ -7,6 +7,7 @@ The names live in the sub-packages, which are loaded when first used, so that
 - `capibara_eqx.kernels`: pure functions on arrays, such as `selective_scan`.
 - `capibara_eqx.layers`: `equinox.Module`s, such as `Mamba`.
 - `capibara_eqx.models`: blocks, stacks, language models and `generate`.
+- `capibara_eqx.interop`: Hugging Face checkpoints in and out.
 - `capibara_eqx.train`: datasets, the training step, checkpoints and the loop.
 - `capibara_eqx.cli`: the `capibara` command.
 
@@ -27,10 +28,11 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("cli", "kernels", "layers", "models", "train")
+_SUBPACKAGES = ("cli", "interop", "kernels", "layers", "models", "train")
 
 if TYPE_CHECKING:
     from . import cli as cli
+    from . import interop as interop
     from . import kernels as kernels
     from . import layers as layers
     from . import models as models
