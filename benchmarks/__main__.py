@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from . import (
+    attention,
     causal_conv,
     cores,
     decode,
@@ -17,7 +18,9 @@ from . import (
     layer_memory,
     layout,
     linear_recurrence,
+    llama_decode,
     machine,
+    moe,
     one_token,
     scaling,
     second_order,
@@ -43,6 +46,9 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "layout": layout.measure,
     "linear_recurrence": linear_recurrence.measure,
     "causal_conv": causal_conv.measure,
+    "attention": attention.measure,
+    "llama_decode": llama_decode.measure,
+    "moe": moe.measure,
     "gpu": gpu.measure,
 }
 

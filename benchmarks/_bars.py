@@ -121,6 +121,25 @@ def _from_linear(mode: str) -> Callable[[_Measured], float]:
     return compute
 
 
+def _memory_slope(mode: str) -> Callable[[_Measured], float]:
+    """Slope of the temporaries of attention in blocks against the length."""
+
+    def compute(measured):
+        needed = {
+            m.spec["key"]: _there(m.temp_bytes)
+            for m in measured.of("attention", mode, "blockwise")
+        }
+        return _there(slope(needed.items()))
+
+    return compute
+
+
+def _llama(measured: _Measured) -> float:
+    of = ("llama_decode", "batch_1", "generate")
+    peers = ("transformers", "transformers_static", "transformers_1_thread")
+    return min(measured.ms(*of, p) for p in peers) / measured.ms(*of, "generate")
+
+
 def _layer_gib(measured: _Measured) -> float:
     key = ("mamba_layer_memory", "100000_tokens", "forward", "default")
     return _there(measured.get(*key).peak_rss_bytes) / 2**30
@@ -272,6 +291,26 @@ _CLAIMS = (
         "The same for a batch of 8",
         *(3.0, False, "times"),
         _step(8),
+    ),
+    _Claim(
+        "attention_memory_forward",
+        "Slope of log temporary memory against log length, attention in blocks forward "
+        "(2048 to 8192 tokens)",
+        *(1.1, False, ""),
+        _memory_slope("forward"),
+    ),
+    _Claim(
+        "attention_memory_gradients",
+        "The same, forward and backward",
+        *(1.1, False, ""),
+        _memory_slope(_BOTH),
+    ),
+    _Claim(
+        "llama_1",
+        "Tokens of a Llama of 4 layers of 256 with a cache, faster than transformers', "
+        "the fastest of its ways (batch 1)",
+        *(3.0, True, "times"),
+        _llama,
     ),
     # "About twice": what rounds to two or more.
     _Claim(

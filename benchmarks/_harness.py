@@ -56,6 +56,10 @@ class Absent(Exception):
     """The package of a peer is not installed, or not in a version that fits."""
 
 
+class TooLarge(Exception):
+    """A contender, compiled, needs more memory than it may have."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """An implementation under the name it is recorded by."""
@@ -218,6 +222,9 @@ class _Lane:
         except (Absent, NotImplementedError) as absence:
             # The latter: an implementation of the library that cannot serve here.
             self._out(MISSING, str(absence))
+            return
+        except TooLarge as size:
+            self._out(LEFT_OUT, str(size))
             return
         self.prepared = prepared
         start = time.perf_counter()

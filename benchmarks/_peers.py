@@ -1,4 +1,4 @@
-"""The selective scan and the layer of other libraries, which run on PyTorch.
+"""Scans, attention and the layer of other libraries, which run on PyTorch.
 
 The scans take NumPy arrays `u, delta (B, L, D)`, `A (D, N)`, `B, C (B, L, N)`, `D
 (D,)`. What a peer wants in another layout is laid out before the clock starts.
@@ -31,8 +31,28 @@ def mambapy_pscan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
 
     `Absent` if torch or mambapy is not installed.
     """
-    torch = _torch()
+    torch = torch_module()
     return _prepared(torch, _mambapy_scan(torch), inputs, dy, lambda array: array)
+
+
+def torch_attention(inputs: Sequence[Array], dy: Array | None) -> Prepared:
+    """PyTorch's causal attention.
+
+    **Arguments:**
+
+    - `inputs`: `q, k, v (B, L, heads, width)`.
+    - `dy`: the cotangent of the result, if gradients are wanted.
+
+    **Raises:**
+
+    `Absent` if torch is not installed.
+    """
+    torch = torch_module()
+
+    def attend(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    return _prepared(torch, attend, inputs, dy, lambda array: np.swapaxes(array, 1, 2))
 
 
 def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
@@ -47,7 +67,7 @@ def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
 
     `Absent` if torch or transformers is not installed, or has no such function.
     """
-    torch = _torch()
+    torch = torch_module()
     scan = _mamba_function("mamba_selective_scan")
     return _prepared(torch, scan, inputs, dy, _tokens_last)
 
@@ -66,7 +86,7 @@ def transformers_hvp(
 
     `Absent` if torch or transformers is not installed, or has no such function.
     """
-    torch = _torch()
+    torch = torch_module()
     scan = _mamba_function("mamba_selective_scan")
     return _second_order(torch, scan, inputs, dy, direction, _tokens_last)
 
@@ -81,7 +101,7 @@ def mambapy_hvp(
     `Absent` if torch or mambapy is not installed, or if its scan cannot be
     differentiated twice.
     """
-    torch = _torch()
+    torch = torch_module()
     scan = _mambapy_scan(torch)
     try:
         return _second_order(torch, scan, inputs, dy, direction, lambda array: array)
@@ -103,7 +123,7 @@ def transformers_update(token: dict[str, Array]) -> Prepared:
 
     `Absent` if torch or transformers is not installed, or has no such function.
     """
-    torch = _torch()
+    torch = torch_module()
     update = _mamba_function("mamba_selective_state_update")
     first = ("initial_state", "u", "delta", "A", "B", "C", "D")
     tensors = {name: torch.from_numpy(x.copy()) for name, x in token.items()}
@@ -143,9 +163,9 @@ def transformers_mixer(
 
     `Absent` if torch, transformers or mambapy is not installed.
     """
-    torch = _torch()
+    torch = torch_module()
     if use_mambapy:
-        _module("mambapy.pscan")
+        peer_module("mambapy.pscan")
     mixer = _mixer(weights, use_mambapy=use_mambapy)
 
     def forward(*tensors):
@@ -168,12 +188,12 @@ def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
 
     `Absent` if torch or transformers is not installed, or has no such cache.
     """
-    torch = _torch()
+    torch = torch_module()
     mixer = _mixer(weights, use_mambapy=False)
     parameters = [torch.from_numpy(weights[name].copy()) for name in sorted(weights)]
     mixer.load_state_dict(_named(weights, parameters))
     inputs = [torch.from_numpy(x[:, None].copy()) for x in tokens.swapaxes(0, 1)]
-    cache_of = getattr(_module("transformers"), "DynamicCache", None)
+    cache_of = getattr(peer_module("transformers"), "DynamicCache", None)
     if cache_of is None:
         raise Absent("this version of transformers has no DynamicCache")
 
@@ -196,7 +216,7 @@ def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
 
 def _mixer(weights: dict[str, Array], *, use_mambapy: bool) -> Any:
     """A layer of the sizes of these weights, not yet with their values."""
-    module = _module("transformers.models.mamba.modeling_mamba")
+    module = peer_module("transformers.models.mamba.modeling_mamba")
     d_inner, d_state = weights["A_log"].shape
     d_model = weights["in_proj"].shape[1]
     config = module.MambaConfig(
@@ -235,7 +255,7 @@ def _tokens_last(array: Array) -> Array:
 
 
 def _mambapy_scan(torch: Any) -> Callable[..., Any]:
-    pscan = _module("mambapy.pscan").pscan
+    pscan = peer_module("mambapy.pscan").pscan
 
     def scan(u, delta, A, B, C, D):
         decay = torch.exp(delta.unsqueeze(-1) * A)
@@ -309,19 +329,19 @@ def _prepared(
 
 
 def _mamba_function(name: str) -> Callable[..., Any]:
-    module = _module("transformers.models.mamba.modeling_mamba")
+    module = peer_module("transformers.models.mamba.modeling_mamba")
     if not hasattr(module, name):
         raise Absent(f"this version of transformers has no {name}")
     return getattr(module, name)
 
 
-def _torch() -> Any:
-    torch = _module("torch")
+def torch_module() -> Any:
+    torch = peer_module("torch")
     torch.set_num_threads(cores())
     return torch
 
 
-def _module(name: str) -> ModuleType:
+def peer_module(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import (
+    attention,
     causal_conv,
     cores,
     decode,
@@ -16,7 +17,9 @@ from . import (
     layer_memory,
     layout,
     linear_recurrence,
+    llama_decode,
     machine,
+    moe,
     one_token,
     scaling,
     second_order,
@@ -45,6 +48,9 @@ _SUBJECTS = (
     layout,
     linear_recurrence,
     causal_conv,
+    attention,
+    llama_decode,
+    moe,
 )
 # What stands above the tables of each operation, in the order of the page.
 _HEADINGS = {

@@ -39,6 +39,12 @@ def test_bars_follow_from_the_medians():
         measurement("xla", "step", 5.0, "batch_8", "selective_scan_step"),
         measurement("cpu", BOTH, 5.0, ROW, "causal_conv"),
         measurement("xla", BOTH, 4.0, ROW, "causal_conv"),
+        measurement("generate", "generate", 2.0, "batch_1", "llama_decode"),
+        measurement("transformers", "generate", 9.0, "batch_1", "llama_decode"),
+        measurement("transformers_static", "generate", 8.0, "batch_1", "llama_decode"),
+        measurement(
+            "transformers_1_thread", "generate", 7.0, "batch_1", "llama_decode"
+        ),
         measurement("default", "train", 2.0, "demo", "demo"),
         measurement("xla", "train", 5.0, "demo", "demo"),
     ]
@@ -53,6 +59,7 @@ def test_bars_follow_from_the_medians():
         "conv_gradients": 0.8,
         "plain_gradients": 2.5,
         "temporaries": 0.25,
+        "llama_1": 3.5,
     }
     assert [name for name, bar in found.items() if not bar.passed] == [
         "probe_gradients",
@@ -85,6 +92,24 @@ def test_a_slope_may_differ_from_one_to_neither_side(power, distance, passed):
     assert [bar.name for bar in found] == ["slope_forward"]
     assert found[0].value == pytest.approx(distance, abs=1e-9)
     assert found[0].passed == passed
+
+
+def temporaries(power, mode):
+    for k in (9, 11, 13):
+        needed = int(2.0 ** (power * k + 20))
+        spec = {"name": f"length_{2**k}", "key": 2**k}
+        yield Measurement("attention", "blockwise", spec, mode, temp_bytes=needed)
+        other = 2 ** (2 * k + 20)
+        yield Measurement("attention", "xla", spec, mode, temp_bytes=other)
+
+
+@pytest.mark.parametrize(("power", "passed"), [(0.8, True), (1.0, True), (1.2, False)])
+def test_memory_of_attention_grows_with_the_length_at_most(power, passed):
+    found = list(bars([*temporaries(power, "forward"), *temporaries(1.0, BOTH)]))
+    names = ["attention_memory_forward", "attention_memory_gradients"]
+    assert [bar.name for bar in found] == names
+    assert found[0].value == pytest.approx(power, abs=1e-3)
+    assert [bar.passed for bar in found] == [passed, True]
 
 
 def test_no_slope_is_claimed_without_the_longest_length():

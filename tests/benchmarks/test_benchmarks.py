@@ -108,6 +108,16 @@ def test_an_implementation_that_cannot_serve_is_recorded_as_missing():
     assert (measurement.status, measurement.reason) == ("missing", "no compiler")
 
 
+def test_one_that_needs_too_much_memory_is_left_out():
+    def refuse():
+        raise _harness.TooLarge("it needs 16 GiB")
+
+    contender = _harness.Contender("xla", refuse)
+    entries = _harness.entries({"name": "tiny"}, [contender], lambda: None)
+    (measurement,) = _harness.race(TRIAL, "attention", "forward", entries)
+    assert (measurement.status, measurement.reason) == ("left out", "it needs 16 GiB")
+
+
 @pytest.mark.parametrize("line", ["{", "[]", json.dumps({"schema": 0})])
 def test_a_file_that_holds_no_records_is_named(tmp_path, line):
     path = tmp_path / "records.jsonl"

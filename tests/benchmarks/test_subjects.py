@@ -2,10 +2,12 @@ import pytest
 
 from benchmarks import (
     _harness,
+    attention,
     cores,
     decode,
     demo_speed,
     layer,
+    llama_decode,
     machine,
     one_token,
     probe,
@@ -30,7 +32,8 @@ def measured(subject) -> dict[str, list[Measurement]]:
             assert measurement.median_ms > 0
             found.setdefault(measurement.mode, []).append(measurement)
         else:
-            assert measurement.implementation.startswith(("mambapy", "transformers"))
+            peers = ("mambapy", "torch", "transformers")
+            assert measurement.implementation.startswith(peers)
     return found
 
 
@@ -82,6 +85,35 @@ def test_one_token_through_the_layer():
     found = measured(decode.measure)["step"]
     assert names(found) >= {"mamba_step", "dense_product", "layer_products"}
     assert worst(found) < 1e-5
+
+
+@pytest.mark.slow
+def test_attention_and_its_gradients():
+    found = measured(attention.measure)
+    for mode in ("forward", "forward_backward"):
+        assert names(found[mode]) >= {"blockwise", "xla", "jax_nn"}
+        assert worst(found[mode]) < 1e-5
+
+
+def test_what_needs_too_much_memory_takes_no_part(monkeypatch):
+    monkeypatch.setattr(attention, "_MOST_TEMPORARIES", 2**20)
+    (spec,) = attention._QUICK
+    inputs, _ = attention._inputs(spec)
+    contenders = {c.implementation: c for c in attention._ours(inputs, None)}
+    assert contenders.pop("blockwise").prepare().temp_bytes
+    assert set(contenders) == {"xla", "jax_nn"}
+    for contender in contenders.values():
+        with pytest.raises(_harness.TooLarge, match="0.0 GiB of temporaries, more"):
+            contender.prepare()
+
+
+@pytest.mark.slow
+def test_a_small_llama_generates_the_right_tokens():
+    found = measured(llama_decode.measure)["generate"]
+    assert names(found) >= {"generate", "weight_products"}
+    assert worst([m for m in found if m.implementation == "weight_products"]) < 1e-6
+    assert worst([m for m in found if m.implementation != "weight_products"]) == 0
+    assert found[0].spec["tokens_per_call"] == 6
 
 
 @compiler
