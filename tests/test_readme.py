@@ -1,4 +1,4 @@
-"""What README shows runs as it stands."""
+"""What README and the documentation show runs as it stands."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,11 @@ import jax
 import pytest
 
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+
+
+def blocks_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -21,12 +25,23 @@ def promotion_of_users():
 
 
 @pytest.mark.usefixtures("promotion_of_users")
-def test_the_examples_run_and_learn():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+def test_the_examples_run_and_learn(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    blocks = blocks_of("README.md")
+    assert len(blocks) == 3
     names: dict = {}
     for block in blocks:
         exec(block, names)
     # Guessing among 256 bytes costs 5.5 nats, among the text's 28 letters 3.3.
     assert float(names["value"]) < 1.0
     assert names["out"].tokens.shape == (1, 40)
+    assert (tmp_path / "checkpoint" / "config.json").exists()
+    assert names["model"].stack.num_blocks == 2
+
+
+@pytest.mark.usefixtures("promotion_of_users")
+def test_the_hybrid_model_of_the_documentation_generates():
+    (block,) = blocks_of("docs/attention.md")
+    names: dict = {}
+    exec(block, names)
+    assert names["out"].tokens.shape == (1, 16)
