@@ -68,7 +68,9 @@ class Case:
     input is padding: "zero", "input" (a residual stream), or "any" (scores).
     `cache_axes` is the number of layer axes in front of a cache's batch axes.
     `remembers` is false for a mixer whose output depends on the current token alone.
-    `axes` are those that a layer which is no mixer reads together.
+    `axes` are those that a layer which is no mixer reads together. `roundings` is how
+    often a value is rounded on its way through, between layers and between the parts of
+    one, if not 16 times in a mixer and twice in another layer.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Case:
     cache_axes: int = 0
     remembers: bool = True
     axes: tuple[int, ...] = ()
+    roundings: int | None = None
     slow: bool = False
 
     @property
@@ -229,6 +232,8 @@ CASES = (
         "model_llama",
         partial(transformer_language_model, VOCAB, 4, 2, 2, n_kv_heads=1),
         **_MODEL,
+        # Two blocks of 9 in attention and 6 in the feed-forward, norm and head.
+        roundings=32,
         slow=True,
     ),
     Case("model_hybrid", _hybrid_model, **_MODEL, slow=True),
