@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
 from ..internal import (
     accumulate,
@@ -13,6 +13,7 @@ from ..internal import (
 from ..layers import DiffusionNextTokenHead, Embedding, TokenEmbedding
 from ._aux import aux_losses
 from ._generate import (
+    Features,
     Generation,
     check_generation,
     generate,
@@ -208,21 +209,6 @@ def diffusion_generate(
     )
 
 
-class _Features(eqx.Module):
-    """A model that reads tokens and gives features in the place of scores."""
-
-    model: LanguageModel
-
-    def init_cache(self, batch_shape: tuple[int, ...], *, max_len: int) -> PyTree:
-        return self.model.init_cache(batch_shape, max_len=max_len)
-
-    def prefill(self, tokens: Array, cache: PyTree, *, segment_ids: Array | None):
-        return self.model.prefill_features(tokens, cache, segment_ids=segment_ids)
-
-    def step(self, token: Array, cache: PyTree):
-        return self.model.step_features(token, cache)
-
-
 @eqx.filter_jit
 def _generate(model, head, prompt, segment_ids, values, max_new_tokens, top_k):
     share, temperature, top_p, stop, key = values
@@ -236,7 +222,7 @@ def _generate(model, head, prompt, segment_ids, values, max_new_tokens, top_k):
         return jnp.where(from_head, by_head, by_model.astype(by_head.dtype))
 
     return generation_loop(
-        _Features(model), prompt, segment_ids, choose, stop, max_new_tokens, key=key
+        Features(model), prompt, segment_ids, choose, stop, max_new_tokens, key=key
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Integer, PRNGKeyArray, PyTree
 
 from ..internal import accumulate, check_ids, check_segment_ids, check_size
 from ._language_model import LanguageModel
@@ -138,12 +138,32 @@ def check_generation(
 def _generate(model, prompt, segment_ids, values, max_new_tokens, top_k):
     temperature, top_p, stop, key = values
 
-    def choose(logits, key):
+    def choose(output, key):
+        logits = model.scores(output) if scored_late else output
         return sample_logits(logits, temperature, top_k, top_p, key)
 
+    # Of a prompt only the last scores are wanted: all would take `vocab_size` numbers a
+    # token.
+    scored_late = isinstance(model, LanguageModel)
+    reader = Features(model) if scored_late else model
     return generation_loop(
-        model, prompt, segment_ids, choose, stop, max_new_tokens, key=key
+        reader, prompt, segment_ids, choose, stop, max_new_tokens, key=key
     )
+
+
+class Features(eqx.Module):
+    """A model that reads tokens and gives features in the place of scores."""
+
+    model: LanguageModel
+
+    def init_cache(self, batch_shape: tuple[int, ...], *, max_len: int) -> PyTree:
+        return self.model.init_cache(batch_shape, max_len=max_len)
+
+    def prefill(self, tokens: Array, cache: PyTree, *, segment_ids: Array | None):
+        return self.model.prefill_features(tokens, cache, segment_ids=segment_ids)
+
+    def step(self, token: Array, cache: PyTree):
+        return self.model.step_features(token, cache)
 
 
 def generation_loop(
