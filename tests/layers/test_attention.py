@@ -1,6 +1,7 @@
 """Attention layers against NumPy loops, and the identities between them."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -52,9 +53,15 @@ LAYERS = {
         decoupled_row,
     ),
 }
-call = eqx.filter_jit(lambda layer, x: layer(x))
-step = eqx.filter_jit(lambda layer, x, cache: layer.step(x, cache))
-prefill = eqx.filter_jit(lambda layer, x, cache: layer.prefill(x, cache))
+# Run on a handful of numbers: with little optimisation they compile in half the time.
+quick: Any = functools.partial(
+    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+call = quick(lambda layer, x: layer(x))
+step = quick(lambda layer, x, cache: layer.step(x, cache))
+prefill = quick(
+    lambda layer, x, cache, ids=None: layer.prefill(x, cache, segment_ids=ids)
+)
 
 
 def layer_of(name, seed=1):
@@ -249,7 +256,7 @@ def test_rows_of_unequal_length_share_a_cache():
     layer = moved(Attention(4, 2, rope_enabled=True, key=KEY), 4)
     x = normal((2, 5, 4), 8)
     ids = jnp.asarray([[-1, -1, 0, 0, 0], [0, 0, 0, 0, 0]])
-    _, cache = layer.prefill(x, layer.init_cache((2,), max_len=8), segment_ids=ids)
+    _, cache = prefill(layer, x, layer.init_cache((2,), max_len=8), ids)
     np.testing.assert_array_equal(cache.length, [3, 5])
     more = normal((2, 3, 4), 9)
     y, cache = prefill(layer, more, cache)
@@ -274,28 +281,23 @@ def test_a_cache_is_a_value_that_can_be_rolled_back():
 def test_dropout_needs_training_and_changes_the_result():
     layer = Attention(8, 2, dropout_p=0.5, key=KEY)
     x = normal((6, 8), 1)
-    draw = lambda seed: np.asarray(layer(x, key=jax.random.key(seed)))
-    plain = np.asarray(eqx.nn.inference_mode(layer)(x))
-    np.testing.assert_array_equal(draw(0), draw(0))
-    assert np.any(draw(0) != draw(1))
-    assert np.any(draw(0) != plain)
-    # The expectation is the plain result: the mean of 1000 draws.
-    draws = jax.vmap(lambda key: layer(x, key=key))(jax.random.split(KEY, 1000))
+    # 1000 draws at once, of which the first are compared one by one.
+    drawn = quick(jax.vmap(lambda key: layer(x, key=key)))
+    draws = np.asarray(drawn(jax.random.split(KEY, 1000)))
+    plain = np.asarray(call(eqx.nn.inference_mode(layer), x))
+    np.testing.assert_array_equal(drawn(jax.random.split(KEY, 1000)), draws)
+    assert np.any(draws[0] != draws[1])
+    assert np.any(draws[0] != plain)
+    # The expectation is the plain result.
     error = np.abs(np.mean(draws, 0) - plain)
     spread = np.std(draws, axis=0) / 1000**0.5
     assert np.all(error < 5 * spread + 1e-5)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_implementations_agree(name):
-    layer, _ = layer_of(name)
-    x = normal((5, layer.d_model), 2)
-    ys = []
-    for implementation in ("reference", "xla", "blockwise"):
-        fields = {**layer.__dict__, "implementation": implementation}
-        other = object.__new__(type(layer))
-        for field, value in fields.items():
-            object.__setattr__(other, field, value)
-        ys.append(np.asarray(call(other, x)))
-    assert_close(ys[1], ys[0], dtype="float32", length=20)
-    assert_close(ys[2], ys[0], dtype="float32", length=20)
+@pytest.mark.parametrize("implementation", ["reference", "xla", "blockwise"])
+def test_the_implementation_is_passed_on(implementation):
+    layer = Attention(6, 2, window=3, implementation=implementation, key=KEY)
+    x = normal((5, 6), 2)
+    assert_close(call(layer, x), attention_row(layer, x), dtype="float32", length=80)
+    text = str(jax.make_jaxpr(lambda x: layer(x))(x))
+    assert ("custom_jvp" in text) == (implementation == "blockwise")

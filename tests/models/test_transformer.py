@@ -1,5 +1,8 @@
 """Transformer and hybrid language models against NumPy loops, full and cached."""
 
+import functools
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -33,7 +36,14 @@ from capibara_eqx.train import init_train_state, make_train_step
 
 VOCAB = 11
 KEY = jax.random.key(0)
-call = eqx.filter_jit(lambda model, tokens: model(tokens))
+# Run on a handful of numbers: with little optimisation they compile in half the time.
+quick: Any = functools.partial(
+    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+call = quick(lambda model, tokens: model(tokens))
+prefill = quick(lambda model, tokens, cache: model.prefill(tokens, cache))
+step_by_one = quick(lambda model, token, cache: model.step(token, cache))
+report = quick(lambda model, tokens, ids: model.forward(tokens, segment_ids=ids).aux)
 
 
 def hybrid() -> LanguageModel:
@@ -95,10 +105,9 @@ def test_greedy_generation_is_the_argmax_of_the_loops(model):
 def test_experts_report_to_the_loss():
     model = MODELS["mixtral_scanned"]()
     tokens = tokens_of(2, 9)
-    output = eqx.filter_jit(lambda m: m.forward(tokens))(model)
-    losses = aux_losses(output.aux)
+    losses = aux_losses(report(model, tokens, jnp.zeros_like(tokens)))
     assert set(losses) == {"balance", "router_z"}
-    # One of each layer; every one is about 1 for a router that favours nobody.
+    # Of both layers; that of each is about 1 for a router that favours nobody.
     assert 1.5 < losses["balance"] < 2.7
     # Equal tokens go to the same experts, whose probabilities the balance then lowers.
     where = lambda m: m.stack.blocks.feed_forward.router.weight
@@ -118,9 +127,7 @@ def test_padding_takes_no_expert():
     model = MODELS["mixtral_scanned"]()
     tokens = tokens_of(1, 6)
     ids = jnp.asarray([[0, 0, 0, 0, -1, -1]])
-    routings = [
-        model.forward(tokens[:, :n], segment_ids=ids[:, :n]).aux for n in (6, 4)
-    ]
+    routings = [report(model, tokens[:, :n], ids[:, :n]) for n in (6, 4)]
     for padded, bare in zip(*routings, strict=True):
         assert_close(padded[1].load, bare[1].load, dtype="float32")
         assert_close(
@@ -139,25 +146,21 @@ def test_positions_of_the_embedding_stream(positions):
     model = moved(LanguageModel(VOCAB, 8, [block], embedding=embedding, key=KEY), 2)
     tokens = tokens_of(2, 6)
     want = call(model, tokens)
-    y, cache = model.prefill(tokens[:, :4], model.init_cache((2,), max_len=9))
+    y, cache = prefill(model, tokens[:, :4], model.init_cache((2,), max_len=9))
     assert_close(y, want[:, :4], dtype="float32", length=100)
     for t in (4, 5):
-        y, cache = model.step(tokens[:, t], cache)
+        y, cache = step_by_one(model, tokens[:, t], cache)
         assert_close(y, want[:, t], dtype="float32", length=100)
     # Without positions an attention that sees everything would not tell an order.
     swapped = tokens.at[:, 0].set(tokens[:, 1]).at[:, 1].set(tokens[:, 0])
     assert np.any(np.abs(call(model, swapped)[:, -1] - want[:, -1]) > 1e-3)
-    out = generate(model, tokens[:, :3], max_new_tokens=4, temperature=0)
-    again = jnp.concatenate([tokens[:, :3], out.tokens], axis=-1)
-    best = np.argmax(call(model, again[:, :-1])[:, 2:], axis=-1)
-    np.testing.assert_array_equal(best, out.tokens)
 
 
 def test_the_residual_stream_does_not_grow_with_depth():
     def size(n_layers):
-        model = transformer_language_model(64, 32, n_layers, 4, key=KEY)
+        model = transformer_language_model(64, 32, n_layers, 4, scan=True, key=KEY)
         x = jax.random.normal(jax.random.key(1), (4, 16, 32))
-        y, _ = model.stack(x)
+        y, _ = quick(lambda stack, x: stack(x))(model.stack, x)
         return float(jnp.mean((y - x) ** 2))
 
     # The variance that the blocks add is that of one block, whatever their number.
