@@ -147,8 +147,10 @@ def _write(key, value, chunk, cache, is_ring) -> KVCache:
     if is_ring:
         kept = kept & (chunk.positions >= length[..., None] - cache.slots)
     else:
-        length = eqx.error_if(
-            length,
+        # A number of its own is checked, not the length: inside `jax.shard_map` that
+        # varies along the mesh, which Equinox's check does not take.
+        length = length + eqx.error_if(
+            jnp.zeros((), length.dtype),
             length > cache.slots,
             f"The attention cache is full: it holds {cache.slots} tokens. Make it "
             "with a larger `max_len`, or give the layer a `window`.",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ...internal import accumulator_dtype
+from .._carry import start_of
 from ._visibility import Visibility, grouped
 from .reference import Dropping, kept
 
@@ -67,12 +68,9 @@ def _attend(scale, q, k, v, seen, dropping):
     lowest = jnp.finfo(dtype).min
 
     def of_queries(i, q):
-        rows = q.shape[:-1]
-        start = (
-            jnp.full(rows, lowest, dtype),
-            jnp.zeros(rows, dtype),
-            jnp.zeros((*rows, v.shape[-1]), dtype),
-        )
+        zeros = _zeros(dtype, q, k, v, seen, dropping)
+        acc = jnp.broadcast_to(zeros[..., None], (*zeros.shape, v.shape[-1]))
+        start = (zeros + lowest, zeros, acc)
 
         def add(visible, carry, j, k, v):
             highest, total, acc = carry
@@ -123,8 +121,10 @@ def _attend_jvp(scale, primals, tangents):
         def block(carry, keys):
             return _where_seen(seen, i, q, add, carry, *keys), None
 
-        rows = q.shape[:-1]
-        start = jnp.zeros(rows, dtype), jnp.zeros((*rows, v.shape[-1]), dtype)
+        zeros = _zeros(dtype, q, k, v, seen, dropping)
+        zeros = zeros + _zeros(dtype, q_dot, k_dot, v_dot, seen, dropping)
+        acc = jnp.broadcast_to(zeros[..., None], (*zeros.shape, v.shape[-1]))
+        start = zeros, acc
         keys = (jnp.arange(k.shape[0]), k, v, k_dot, v_dot)
         (total, acc), _ = jax.lax.scan(block, start, keys)
         out_dot = acc - total[..., None] * out.astype(dtype)
@@ -133,6 +133,23 @@ def _attend_jvp(scale, primals, tangents):
     rows = (jnp.arange(q.shape[0]), q, q_dot, out, log_sum)
     dots = jax.lax.map(lambda xs: of_queries(*xs), rows)
     return (out, log_sum), dots
+
+
+def _zeros(dtype, q, k, v, seen, dropping):
+    """One a query and head, typed like what is summed there (see `start_of`)."""
+    rows = q.shape[:-1]
+    of_tokens = (seen.query_positions, seen.query_segments, seen.key_segments)
+    tokens = [x for x in (*of_tokens, seen.key_positions) if x is not None]
+    entering = [
+        q[..., 0],
+        *(x[0][..., None, :1, 0] for x in (k, v)),
+        *(x[..., None, None, :1] for x in tokens),
+    ]
+    if seen.mask is not None:
+        entering.append(seen.mask[..., :1, :1, :1])
+    if dropping is not None:
+        entering.append(jnp.broadcast_to(dropping[0], (1,) * len(rows)))
+    return start_of(None, rows, dtype, *entering)
 
 
 def _where_seen(seen, i, q, add, carry, j, k, *rest):
