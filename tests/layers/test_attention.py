@@ -54,9 +54,8 @@ LAYERS = {
     ),
 }
 # Run on a handful of numbers: with little optimisation they compile in half the time.
-quick: Any = functools.partial(
-    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+jit: Any = eqx.filter_jit
+quick = functools.partial(jit, compiler_options={"xla_backend_optimization_level": 0})
 call = quick(lambda layer, x: layer(x))
 step = quick(lambda layer, x, cache: layer.step(x, cache))
 prefill = quick(
@@ -298,6 +297,8 @@ def test_dropout_needs_training_and_changes_the_result():
 def test_the_implementation_is_passed_on(implementation):
     layer = Attention(6, 2, window=3, implementation=implementation, key=KEY)
     x = normal((5, 6), 2)
-    assert_close(call(layer, x), attention_row(layer, x), dtype="float32", length=80)
+    assert_close(
+        call(layer, x), attention_row(layer, np.asarray(x)), dtype="float32", length=80
+    )
     text = str(jax.make_jaxpr(lambda x: layer(x))(x))
     assert ("custom_jvp" in text) == (implementation == "blockwise")

@@ -1,6 +1,7 @@
 """Rotary positions against complex numbers, and their scalings against the formulas."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,20 +163,18 @@ def test_yarn_keeps_fast_pairs_interpolates_slow_ones_and_scales_both():
     ],
 )
 def test_scalings_are_those_of_transformers(name, options):
-    pytest.importorskip("transformers")
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    config = LlamaConfig(
+    transformers: Any = pytest.importorskip("transformers")
+    rope: Any = pytest.importorskip("transformers.modeling_rope_utils")
+    config = transformers.LlamaConfig(
         hidden_size=64,
         num_attention_heads=2,
         max_position_embeddings=256,
         rope_parameters={"rope_type": name, "rope_theta": 10000.0, **options},
     )
     if name == "linear":
-        want, factor = ROPE_INIT_FUNCTIONS[name](config, "cpu")
+        want, factor = rope.ROPE_INIT_FUNCTIONS[name](config, "cpu")
     else:
-        want, factor = ROPE_INIT_FUNCTIONS[name](config, "cpu", seq_len=256)
+        want, factor = rope.ROPE_INIT_FUNCTIONS[name](config, "cpu", seq_len=256)
     got, size = rotary_frequencies(32, 10000.0, SCALINGS[name])
     assert size == pytest.approx(factor)
     assert_close(got, want.numpy(), dtype="float32")

@@ -37,9 +37,8 @@ from capibara_eqx.train import init_train_state, make_train_step
 VOCAB = 11
 KEY = jax.random.key(0)
 # Run on a handful of numbers: with little optimisation they compile in half the time.
-quick: Any = functools.partial(
-    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+jit: Any = eqx.filter_jit
+quick = functools.partial(jit, compiler_options={"xla_backend_optimization_level": 0})
 call = quick(lambda model, tokens: model(tokens))
 prefill = quick(lambda model, tokens, cache: model.prefill(tokens, cache))
 step_by_one = quick(lambda model, token, cache: model.step(token, cache))

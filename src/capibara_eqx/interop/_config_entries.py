@@ -1,5 +1,5 @@
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Entries:
             lambda value: isinstance(value, int | float) and above < value < np.inf,
         )
         # The same value whichever way it was written.
-        return value if value is default else float(value)
+        return value if value is default else float(cast(float, value))
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name)
