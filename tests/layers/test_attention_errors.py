@@ -12,8 +12,10 @@ from capibara_eqx.layers import (
     CrossAttention,
     DecoupledAttention,
     LinearScaling,
+    Llama3Scaling,
     Mamba,
     SelfAttention,
+    YaRNScaling,
     rotary,
     rotary_frequencies,
 )
@@ -141,8 +143,15 @@ def test_rotary_embedding():
         rotary(jnp.ones((3, 1, 4)), jnp.arange(4))
     with refused("`base`", "positive"):
         rotary_frequencies(4, -1.0)
-    with refused("`factor`", "positive"):
-        rotary_frequencies(4, 10.0, LinearScaling(0.0))
+    for scaling, words in (
+        (LinearScaling(0.0), ("`factor`", "positive")),
+        (YaRNScaling(2.0, 0), ("`original_max_len`", "positive")),
+        (Llama3Scaling(8.0, 4.0, 1.0, 64), ("`low_freq_factor`", "swapped")),
+    ):
+        with refused(*words):
+            rotary_frequencies(4, 10.0, scaling)
+    with refused("`base` must be above 1"):
+        rotary_frequencies(4, 1.0, YaRNScaling(2.0, 64))
 
 
 Q, K = jnp.ones((2, 3, 4, 5)), jnp.ones((2, 6, 2, 5))
@@ -157,6 +166,7 @@ Q, K = jnp.ones((2, 3, 4, 5)), jnp.ones((2, 6, 2, 5))
         ({"value": K[:, :5]}, ("`value`", "length and heads of `key`")),
         ({"query": Q[..., :3, :]}, ("must divide those of `query`", "2 and 3")),
         ({"window": 0}, ("`window`", "positive integer")),
+        ({"value": jnp.ones(K.shape, int)}, ("`value` must be of floating", "int32")),
         ({"mask": jnp.ones((2, 3, 6), bool)}, ("`mask`", "mask[..., None, :, :]")),
         ({"mask": jnp.ones((2, 1, 3, 6))}, ("`mask` must be boolean", "float32")),
         (

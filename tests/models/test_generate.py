@@ -289,3 +289,15 @@ def test_it_runs_inside_a_compiled_function():
     assert best.tolist() == greedy_text(tuple(PROMPTS[0]))
     want = generate(make(), prompt, max_new_tokens=NEW, temperature=2.0, key=key)
     assert drawn.tolist() == want.tokens.tolist()
+
+
+def test_ids_that_the_model_does_not_have_are_a_runtime_error():
+    model = mamba_language_model(7, 3, 1, d_state=2, key=jax.random.key(0))
+    run = lambda prompt, ids=None: generate(
+        model, jnp.asarray([prompt]), max_new_tokens=1, segment_ids=ids, temperature=0
+    )
+    for prompt in ([1, 7, 2], [1, -1, 2]):
+        with pytest.raises(RuntimeError, match="ids outside 0 to 6"):
+            run(prompt)
+    # At padding any number may stand.
+    run([9, 1, 2], jnp.asarray([[-1, 0, 0]]))

@@ -192,12 +192,12 @@ class AbstractAttention(AbstractSequenceMixer):
 
 def split_heads(x: Float[Array, "*batch d"], heads: int) -> Float[Array, "..."]:
     """The last axis as `(heads, d / heads)`."""
-    return x.reshape(*x.shape[:-1], heads, -1)
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def joined(y: Float[Array, "*batch heads width"]) -> Float[Array, "*batch d"]:
     """The heads side by side."""
-    return y.reshape(*y.shape[:-2], -1)
+    return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
 
 
 def dropping(layer: str, dropout: Dropout, key: PRNGKeyArray | None) -> dict:

@@ -158,8 +158,7 @@ def rotary_frequencies(
     """
     check_rotary("head_dim", head_dim)
     check_positive("base", base)
-    if scaling is not None and isinstance(scaling, RopeScaling):
-        check_positive("factor", scaling.factor)
+    _check_scaling(base, scaling)
     pairs = np.arange(head_dim // 2, dtype=np.float64)
     plain = base ** (-2 * pairs / head_dim)
     match scaling:
@@ -180,6 +179,23 @@ def rotary_frequencies(
         "`scaling` must be LinearScaling, NTKScaling, YaRNScaling, Llama3Scaling or "
         f"None, got {scaling!r}."
     )
+
+
+def _check_scaling(base: float, scaling: RopeScaling | None) -> None:
+    if not isinstance(scaling, RopeScaling):
+        return
+    for name, value in scaling._asdict().items():
+        if value is not None:
+            check_positive(name, value)
+    if isinstance(scaling, Llama3Scaling):
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if not low < high:
+            raise ValueError(
+                "`low_freq_factor` must be below `high_freq_factor`, got "
+                f"{low} and {high}. Are they swapped?"
+            )
+    if isinstance(scaling, YaRNScaling) and base <= 1:
+        raise ValueError(f"`base` must be above 1 for YaRNScaling, got {base}.")
 
 
 def check_rotary(name: str, head_dim: int) -> None:

@@ -57,7 +57,7 @@ def generate(
 
     `ValueError` for a `max_new_tokens` or `top_k` that is not positive, a negative
     temperature or `stop_token`, a `top_p` outside (0, 1], an empty prompt, or a
-    missing key.
+    missing key; at run time, an error for ids that the model does not have.
 
     !!! example
 
@@ -137,6 +137,11 @@ def check_generation(
 @eqx.filter_jit
 def _generate(model, prompt, segment_ids, values, max_new_tokens, top_k):
     temperature, top_p, stop, key = values
+    if isinstance(model, LanguageModel):
+        wrong = (segment_ids >= 0) & ((prompt < 0) | (prompt >= model.vocab_size))
+        most = model.vocab_size - 1
+        message = f"generate: `prompt` has ids outside 0 to {most}, the model's."
+        prompt = eqx.error_if(prompt, wrong, message)
 
     def choose(output, key):
         logits = model.scores(output) if scored_late else output

@@ -48,6 +48,33 @@ class Visibility(eqx.Module):
             visible = condition if visible is None else visible & condition
         return visible
 
+    def possible(self) -> Bool[Array, ""] | None:
+        """Whether any pair may be seen, by ranges: cheaper than all pairs.
+
+        `None` if there is no condition. False only where nothing is seen; a mask is not
+        looked at.
+        """
+        found = []
+        q_at, k_at = self.query_positions, self.key_positions
+        if self.is_causal:
+            found.append(jnp.min(k_at, axis=-1) <= jnp.max(q_at, axis=-1))
+        if self.window is not None:
+            near = jnp.min(q_at, axis=-1) - jnp.max(k_at, axis=-1) < self.window
+            found.append(near)
+            if not self.is_causal:
+                ahead = jnp.min(k_at, axis=-1) - jnp.max(q_at, axis=-1)
+                found.append(ahead < self.window)
+        if self.query_segments is not None and self.key_segments is not None:
+            q_of, k_of = self.query_segments, self.key_segments
+            found.append(_lowest(k_of) <= jnp.max(q_of, axis=-1))
+            found.append(_lowest(q_of) <= jnp.max(k_of, axis=-1))
+        if not found:
+            return None
+        every = found[0]
+        for condition in found[1:]:
+            every = every & condition
+        return jnp.any(every)
+
     def padded(self, query: int, key: int) -> "Visibility":
         """For so many more queries and keys, which see nothing and are not seen."""
         if query == 0 and key == 0:
@@ -77,6 +104,12 @@ class Visibility(eqx.Module):
             self.is_causal,
             self.window,
         )
+
+
+def _lowest(segments):
+    """The lowest that is not padding; more than any if there is none."""
+    most = jnp.iinfo(segments.dtype).max
+    return jnp.min(jnp.where(segments >= 0, segments, most), axis=-1)
 
 
 def _difference(query, key):

@@ -18,6 +18,8 @@ BACKENDS = {
     "cudnn": xla.cudnn,
     "reference": reference.attention,
 }
+# What serves at most sizes, see `_default`.
+DEFAULT = "blockwise"
 # Why an implementation does not run on the platform at hand.
 REASONS = {"cudnn": xla.unavailable}
 
@@ -63,7 +65,8 @@ def attention(
 
     - `query`: `(*batch, query, heads, d)`.
     - `key`, `value`: `(*batch, key, kv_heads, d)` and `(*batch, key, kv_heads, v)`;
-        `kv_heads` divides `heads`, and neighbouring query heads share a key head.
+        `kv_heads` divides `heads`, and neighbouring query heads share a key head. What
+        is hidden must be finite too, for it is multiplied by zero.
     - `is_causal`: whether a query sees no key of a later position.
     - `window`: a query sees keys less than so many positions away from its own.
     - `mask`: true where a query may see a key, `(*batch, heads, query, key)`; the last
@@ -137,6 +140,11 @@ def _check(query, key, value) -> None:
             raise ValueError(
                 f"attention: `{name}` must have shape (*batch, length, heads, width), "
                 f"none of them zero, got {x.shape}."
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"attention: `{name}` must be of floating point, got {x.dtype}. "
+                f"Convert it, as in `{name}.astype(jnp.float32)`."
             )
     *batch, _, heads, d = query.shape
     *_, length, kv_heads, _ = key.shape

@@ -41,8 +41,9 @@ def attention(
     k, v = (_into_blocks(jnp.moveaxis(x, -3, -2), sizes[1]) for x in (key, value))
     out, _ = _attend(scale, q, k, v, seen, dropping)
     out = jnp.moveaxis(out, 0, -3)  # (*batch, kv_heads, group, blocks, block, v)
-    out = out.reshape(*out.shape[:-3], -1, out.shape[-1])[..., :queries, :]
-    return jnp.moveaxis(out, -2, -4).reshape(*batch, queries, heads, -1)
+    blocks, block, v_dim = out.shape[-3:]
+    out = out.reshape(*out.shape[:-3], blocks * block, v_dim)[..., :queries, :]
+    return jnp.moveaxis(out, -2, -4).reshape(*batch, queries, heads, v_dim)
 
 
 def _size(length: int, most: int) -> int:
@@ -54,7 +55,7 @@ def _into_blocks(x, size):
     """`(..., length, d)` as `(blocks, ..., size, d)`, padded with zeros."""
     *lead, length, d = x.shape
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, -length % size), (0, 0)])
-    return jnp.moveaxis(x.reshape(*lead, -1, size, d), -3, 0)
+    return jnp.moveaxis(x.reshape(*lead, x.shape[-2] // size, size, d), -3, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -104,6 +105,8 @@ def _attend_jvp(scale, primals, tangents):
     out, log_sum = _attend(scale, *primals)
     dtype = accumulator_dtype(q.dtype)
 
+    # Of the weights and of all that is summed nothing is kept for a further derivative.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
     def of_queries(i, q, q_dot, out, log_sum):
         # With w the softmax, d log_sum = sum w ds and dy = sum w ds v + w dv - y sum.
         def add(visible, carry, j, k, v, k_dot, v_dot):
@@ -155,12 +158,21 @@ def _zeros(dtype, q, k, v, seen, dropping):
 def _where_seen(seen, i, q, add, carry, j, k, *rest):
     """`add(visible, carry, j, k, *rest)` unless block `i` sees nothing of block `j`."""
     size = (q.shape[-2], k.shape[-2])
-    visible = seen.block(i * size[0], j * size[1], size).pairs()
-    if visible is None:
-        return add(jnp.ones((1,) * q.ndim, bool), carry, j, k, *rest)
-    visible = grouped(visible, k.shape[-3])
+    block = seen.block(i * size[0], j * size[1], size)
+
+    def seen_of(block, carry, j, k, *rest):
+        visible = block.pairs()
+        if visible is None:
+            visible = jnp.ones((1,) * q.ndim, bool)
+        else:
+            visible = grouped(visible, k.shape[-3])
+        return add(visible, carry, j, k, *rest)
+
+    possible = block.possible()
+    if possible is None:
+        return seen_of(block, carry, j, k, *rest)
     return jax.lax.cond(
-        jnp.any(visible), add, lambda _, carry, *__: carry, visible, carry, j, k, *rest
+        possible, seen_of, lambda _, carry, *__: carry, block, carry, j, k, *rest
     )
 
 

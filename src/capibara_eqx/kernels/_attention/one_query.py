@@ -40,4 +40,4 @@ def attention(
     total = jnp.sum(weights, axis=-3, keepdims=True)
     weights = weights / jnp.where(total == 0, 1, total)
     out = jnp.sum(weights[..., None] * accumulate(value)[..., None, :], axis=-4)
-    return out.reshape(*batch, 1, heads, -1).astype(query.dtype)
+    return out.reshape(*batch, 1, heads, value.shape[-1]).astype(query.dtype)

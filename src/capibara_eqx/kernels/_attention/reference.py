@@ -40,7 +40,7 @@ def attention(
     if dropping is not None:
         weights = weights * kept(dropping, weights.shape, dtype)
     out = jnp.einsum("...hgqk,...khv->...qhgv", weights, accumulate(value))
-    return out.reshape(*batch, length, heads, -1).astype(query.dtype)
+    return out.reshape(*batch, length, heads, value.shape[-1]).astype(query.dtype)
 
 
 def kept(dropping: Dropping, shape: tuple[int, ...], dtype) -> Float[Array, "*shape"]:

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -81,4 +83,4 @@ def of_jax(name, query, key, value, seen, scale, dropping):
 
 
 def _four_axes(x):
-    return x.reshape(-1, *x.shape[-3:])
+    return x.reshape(math.prod(x.shape[:-3]), *x.shape[-3:])
