@@ -1,3 +1,4 @@
+import gc
 import itertools
 import os
 import secrets
@@ -43,6 +44,20 @@ def seed_of(nodeid: str) -> int:
     if replayed is not None:
         return int(replayed)
     return zlib.crc32(nodeid.encode()) if IN_CI else secrets.randbelow(2**32)
+
+
+# A compiled function takes about seven memory maps, and Linux lets a process have 65530.
+MOST_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def room_for_compiled_functions() -> Iterator[None]:
+    """Forgets them between files before there are too many: jaxlib would crash."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

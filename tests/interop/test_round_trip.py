@@ -1,11 +1,11 @@
 """What is written is read again, and what lies on disk is what others expect."""
 
+import functools
 import inspect
 import json
 import os
 import re
 import textwrap
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.model_oracle import moved
+from support.quick import built, filled, quick_filter_jit
 
 from capibara_eqx.interop import load_hf, save_hf
 from capibara_eqx.models import transformer_language_model
@@ -34,11 +34,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-@cache
+@functools.cache
 def model(seed: int = 0, **options: Any) -> Any:
     arguments: dict[str, Any] = {"d_ff": FF, "rope_base": 50.0, "eps": 1e-4} | options
-    key = jax.random.key(seed)
-    return moved(transformer_language_model(VOCAB, D, 2, 2, **arguments, key=key), seed)
+    make = functools.partial(transformer_language_model, VOCAB, D, 2, 2, **arguments)
+    return filled(make, seed=seed, size=0.4)
 
 
 def assert_same(found: Any, expected: Any) -> None:
@@ -52,7 +52,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-@eqx.filter_jit
+@quick_filter_jit
 def logits_of(model):
     return model(jnp.arange(7, dtype="int32") % VOCAB)
 
@@ -82,10 +82,11 @@ def test_the_example_runs(function, tmp_path, monkeypatch):
     (example,) = re.findall(
         r"```python\n(.*?)```", inspect.getdoc(function) or "", re.DOTALL
     )
+    quickly = functools.partial(built, transformer_language_model)
     given = {"jnp": jnp, "key": jax.random.key(0)}
     exec(
         textwrap.dedent(example),
-        given | {"transformer_language_model": transformer_language_model},
+        given | {"transformer_language_model": quickly},
     )
     assert (tmp_path / "checkpoint" / "config.json").exists()
 

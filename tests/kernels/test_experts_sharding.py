@@ -47,8 +47,22 @@ def placer(mesh):
     return place
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("implementation", ["ragged", "scan", "dense", "capacity"])
+# The axes that sorting minds, with what sorts; the others are alike.
+EXPLICIT = [
+    pytest.param(name, AxisType.Explicit, marks=pytest.mark.slow)
+    for name in ("scan", "dense", "capacity")
+]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "axis_type"),
+    [
+        *[(name, AxisType.Auto) for name in ("ragged", "scan", "dense", "capacity")],
+        ("ragged", AxisType.Explicit),
+        *EXPLICIT,
+    ],
+    ids=str,
+)
 def test_gradient_through_shard_map(implementation, axis_type):
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))
     place = placer(mesh)

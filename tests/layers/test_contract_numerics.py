@@ -130,6 +130,8 @@ def test_a_file_brings_the_cache_back(case):
 
 @each()
 def test_one_trace_a_shape_whatever_the_values(case):
+    for function in (call, prefill, step):
+        compiled(case, function).traces.clear()
     for seed in (0, 1):
         layer = layer_of(case, seed)
         x = inputs(case, case.shape, seed)

@@ -15,6 +15,8 @@ from support import diffusion_oracle as oracle
 from support.derivatives import check_first_order, check_second_order, quick_jit
 from support.model_oracle import moved
 from support.precision import enable_x64
+from support.quick import filled
+from support.quick import quick_filter_jit as quick
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -26,7 +28,6 @@ from capibara_eqx.layers import (
 
 
 D, STEPS = 3, 50
-QUICK = {"xla_backend_optimization_level": 0}
 seeds = st.integers(0, 2**32 - 1)
 NAMES = [
     f"{layer}.{array}"
@@ -54,16 +55,11 @@ def with_params(predictor: NoisePredictor, values: Any) -> NoisePredictor:
 @functools.cache
 def make(kind: Any = DiffusionNextTokenHead, **options: Any) -> Any:
     arguments: dict[str, Any] = {"num_train_timesteps": STEPS, "time_embed_dim": 5}
-    return moved(kind(D, **(arguments | options), key=jax.random.key(0)), 1)
-
-
-def quick(function: Any) -> Any:
-    """Compiled without much optimisation: networks this small need none."""
-    jit: Any = eqx.filter_jit
-    return jit(function, compiler_options=QUICK)
+    return filled(kind, D, seed=1, size=0.4, **(arguments | options))
 
 
 loss = quick(lambda head, x, key: head.loss(x, x, key=key))
+scores = quick(lambda head, x0, table: head.logits(x0, table))
 draw = quick(lambda head, x, key: head.sample(x, key=key))
 
 
@@ -84,18 +80,24 @@ class Spy(DiffusionNextTokenHead):
 
 
 def drawn(head: Any, features, targets, **options) -> Any:
-    head.loss(features, targets, **options)
-    return [np.asarray(array) for array in Spy.seen.pop()]
+
+    @quick
+    def run(head, features, targets, options):
+        head.loss(features, targets, **options)
+        return Spy.seen.pop()
+
+    draws = run(head, features, targets, options)
+    return [np.asarray(array) for array in draws]
 
 
 def test_sizes_of_the_network():
-    head = DiffusionNextTokenHead(24, key=jax.random.key(0))
+    head = filled(DiffusionNextTokenHead, 24, seed=0, size=1.0)
     shapes = {name: array.shape for name, array in params(head.predictor).items()}
     assert shapes["in_proj.weight"] == (96, 24 + 24 + 128)
     assert shapes["hidden_proj.weight"] == (96, 96)
     assert shapes["out_proj.weight"] == (24, 96)
     assert len(jax.tree.leaves(eqx.filter(head, eqx.is_array))) == len(NAMES)
-    small = NoisePredictor(3, 5, 2, jnp.bfloat16, key=jax.random.key(0))
+    small = filled(NoisePredictor, 3, 5, 2, jnp.bfloat16, seed=0, size=1.0)
     assert small.hidden_proj.weight.shape == (64, 64)
     assert {leaf.dtype for leaf in jax.tree.leaves(small)} == {jnp.dtype("bfloat16")}
     decays = weight_decay_mask(head)
@@ -301,7 +303,7 @@ def test_the_nearest_row_wins_whatever_its_length(seed):
     table = rng.standard_normal((7, D)) * np.exp(rng.normal(0, 3, (7, 1)))
     x0 = rng.standard_normal((4, D))
     rows = oracle.unit_rms(table.astype("float32"))
-    logits = make().logits(jnp.asarray(x0, "float32"), jnp.asarray(table, "float32"))
+    logits = scores(make(), jnp.asarray(x0, "float32"), jnp.asarray(table, "float32"))
     assert_close(logits, x0 @ rows.T, dtype="float32", length=D)
     distances = ((x0[:, None] - rows) ** 2).sum(-1)
     top = np.argmax(np.asarray(logits), axis=-1)
@@ -313,14 +315,14 @@ def test_a_long_row_would_win_without_normalising():
     table = jnp.asarray([[1.0, 0.0, 0.0], [30.0, 40.0, 0.0], [0.0, 0.0, 0.0]])
     x0 = jnp.asarray([1.7, 0.1, 0.0])
     assert int(jnp.argmax(table @ x0)) == 1
-    assert int(jnp.argmax(make().logits(x0, table))) == 0
+    assert int(jnp.argmax(scores(make(), x0, table))) == 0
 
 
 def test_rows_of_zeros():
     head = make()
     table = jnp.zeros((2, D)).at[0, 0].set(0.5)
     x0 = jnp.asarray([1.0, 2.0, 3.0])
-    assert np.asarray(head.logits(x0, table))[1] == 0
+    assert np.asarray(scores(head, x0, table))[1] == 0
 
     def total(table):
         loss = head.loss(x0[None], table[1:], key=jax.random.key(0))
@@ -341,7 +343,7 @@ def test_bfloat16():
     near = draw(head, x.astype("float32"), jax.random.key(0))
     # Twelve roundings of the network's output, seen through 1 / a.
     assert_close(sample, near, dtype="bfloat16", length=12)
-    logits = head.logits(sample, jnp.ones((2, D)))
+    logits = scores(head, sample, jnp.ones((2, D)))
     assert logits.dtype == jnp.bfloat16
     value = loss(head, x, jax.random.key(0))
     assert value.dtype == jnp.float32
@@ -352,7 +354,7 @@ def test_bfloat16():
 def test_one_trace_for_other_values():
     traces = []
 
-    @eqx.filter_jit
+    @quick
     def run(head, x, key):
         traces.append(1)
         return head.sample_token(x, jnp.eye(D), key=key)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.quick import built
+from support.quick import quick_filter_jit as quick
 
 from capibara_eqx.layers import (
     DiffusionNextTokenHead,
@@ -26,12 +28,12 @@ def trained() -> tuple[DiffusionNextTokenHead, jax.Array, jax.Array]:
     size = jnp.exp(jax.random.normal(keys[0], (VOCAB, 1)))
     table = 0.02 * size * jax.random.normal(keys[1], (VOCAB, WIDTH))
     conditions = jax.random.normal(keys[2], (VOCAB, WIDTH))
-    head = DiffusionNextTokenHead(WIDTH, time_embed_dim=16, key=keys[3])
+    head = built(DiffusionNextTokenHead, WIDTH, time_embed_dim=16, key=keys[3])
     optimizer = optax.adam(optax.cosine_decay_schedule(5e-3, TRAINING))
     # Of what each condition is followed by: any map but the identity.
     after = (jnp.arange(VOCAB) * 3 + 2) % VOCAB
 
-    @eqx.filter_jit
+    @quick
     def train(head):
         arrays, static = eqx.partition(head, eqx.is_inexact_array)
 
@@ -67,7 +69,7 @@ def test_a_small_vocabulary_is_recovered(scheduler):
     head = eqx.tree_at(lambda h: h.schedule, head, chain)
     rows = jnp.tile(conditions, (100, 1))
     want = np.tile((np.arange(VOCAB) * 3 + 2) % VOCAB, 100)
-    sample = eqx.filter_jit(lambda h, x, t, k: h.sample_token(x, t, key=k))
+    sample = quick(lambda h, x, t, k: h.sample_token(x, t, key=k))
     got = np.asarray(sample(head, rows, table, jax.random.key(1)))
     assert np.mean(got == want) > 0.95
 
@@ -75,7 +77,7 @@ def test_a_small_vocabulary_is_recovered(scheduler):
 def test_without_a_condition_all_tokens_are_drawn():
     head, table, _ = trained()
     alone = eqx.tree_at(lambda h: h.cfg_guidance_scale, head, 0.0)
-    ids = jax.jit(lambda x: alone.sample_token(x, table, key=jax.random.key(2)))(
+    ids = quick(lambda x: alone.sample_token(x, table, key=jax.random.key(2)))(
         jnp.zeros((700, WIDTH))
     )
     counts = np.bincount(np.asarray(ids), minlength=VOCAB)

@@ -1,5 +1,7 @@
 """Gated units and the two-layer feed-forward against float64 NumPy."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,8 @@ import numpy as np
 import pytest
 from support.derivatives import check_first_order, check_second_order
 from support.expert_oracle import ACTIVATIONS, gated_unit
+from support.quick import built, filled
+from support.quick import quick_filter_jit as quick
 from support.tolerances import assert_close, assert_rounded
 
 from capibara_eqx.layers import GLU, MLP, SwiGLU, weight_decay_mask
@@ -36,33 +40,35 @@ def expected_glu(layer, x, activation):
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("activation", GATES)
 def test_glu(activation, use_bias):
-    layer = GLU(5, 7, activation, use_bias, key=KEY)
+    layer = filled(GLU, 5, 7, activation, use_bias, seed=0, size=0.4)
     x = random((3, 2, 5))
     want = expected_glu(layer, x, GATES[activation])
-    assert_close(layer(x), want, dtype="float32", length=12)
+    assert_close(quick(layer)(x), want, dtype="float32", length=12)
 
 
 def test_swiglu_is_the_glu_of_that_name():
-    swiglu, glu = SwiGLU(5, 7, True, key=KEY), GLU(5, 7, "swiglu", True, key=KEY)
+    swiglu = built(SwiGLU, 5, 7, True, key=KEY)
+    glu = built(GLU, 5, 7, "swiglu", True, key=KEY)
     assert [leaf.shape for leaf in jax.tree.leaves(swiglu)] == [
         *[(7, 5), (7,)] * 2,
         *[(5, 7), (5,)],
     ]
     x = random((4, 5))
-    np.testing.assert_array_equal(swiglu(x), glu(x))
-    assert_close(swiglu(x), expected_glu(swiglu, x, "silu"), dtype="float32", length=12)
-    bare = SwiGLU(5, 7, dtype=jnp.bfloat16, key=KEY)
+    got = quick(swiglu)(x)
+    np.testing.assert_array_equal(got, quick(glu)(x))
+    assert_close(got, expected_glu(swiglu, x, "silu"), dtype="float32", length=12)
+    bare = filled(SwiGLU, 5, 7, dtype=jnp.bfloat16, seed=0, size=1.0)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(bare)} == {"bfloat16"}
 
 
 def test_one_fused_map_is_two():
     """Gate and up as one matrix, as many checkpoints store them."""
-    layer = GLU(5, 7, key=KEY)
+    layer = filled(GLU, 5, 7, seed=0, size=0.4)
     fused = np.concatenate([wide(layer.gate_proj.weight), wide(layer.up_proj.weight)])
     x = random((4, 5))
     gate, up = np.split(wide(x) @ fused.T, 2, axis=-1)
     want = (ACTIVATIONS["silu"](gate) * up) @ wide(layer.down_proj.weight).T
-    assert_close(layer(x), want, dtype="float32", length=12)
+    assert_close(quick(layer)(x), want, dtype="float32", length=12)
 
 
 @pytest.mark.parametrize("d_out", [None, 3])
@@ -70,7 +76,7 @@ def test_one_fused_map_is_two():
     ("activation", "use_bias"), [("gelu", True), ("silu", False), ("relu", True)]
 )
 def test_mlp(activation, use_bias, d_out):
-    layer = MLP(5, 7, activation, use_bias, d_out, key=KEY)
+    layer = filled(MLP, 5, 7, activation, use_bias, d_out, seed=0, size=0.4)
     x = random((3, 2, 5))
     up, down = layer.up_proj, layer.down_proj
     assert (up.bias is not None) == (down.bias is not None) == use_bias
@@ -81,17 +87,17 @@ def test_mlp(activation, use_bias, d_out):
     if down.bias is not None:
         want = want + wide(down.bias)
     assert want.shape == (3, 2, d_out or 5)
-    assert_close(layer(x), want, dtype="float32", length=12)
+    assert_close(quick(layer)(x), want, dtype="float32", length=12)
 
 
 def test_dropout_of_the_mlp_acts_on_what_is_inside():
-    layer = MLP(2, 300, use_bias=False, dropout=0.25, key=KEY)
+    layer = filled(MLP, 2, 300, use_bias=False, dropout=0.25, seed=0, size=1.0)
     # Every hidden element is the same positive number, and every output their sum.
     ones = (jnp.ones((300, 2)), jnp.ones((2, 300)))
     layer = eqx.tree_at(lambda m: (m.up_proj.weight, m.down_proj.weight), layer, ones)
     x = jnp.ones((50, 2))
-    full = np.asarray(eqx.nn.inference_mode(layer)(x))
-    share = np.asarray(layer(x, key=jax.random.key(1))) / full
+    full = np.asarray(quick(eqx.nn.inference_mode(layer))(x))
+    share = np.asarray(quick(layer)(x, key=jax.random.key(1))) / full
     kept = share[:, 0] * 0.75 * 300
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-3)
     assert abs(np.mean(kept) - 225) < 5 * np.sqrt(300 * 0.25 * 0.75 / 50)
@@ -100,7 +106,8 @@ def test_dropout_of_the_mlp_acts_on_what_is_inside():
 
 @pytest.mark.parametrize("name", ["glu", "mlp"])
 def test_derivatives(name):
-    layer = GLU(2, 3, "geglu", True, key=KEY) if name == "glu" else MLP(2, 3, key=KEY)
+    own: Any = (GLU, 2, 3, "geglu", True) if name == "glu" else (MLP, 2, 3)
+    layer = filled(*own, seed=0, size=0.5)
     arrays, static = eqx.partition(layer, eqx.is_inexact_array)
     leaves, structure = jax.tree.flatten(arrays)
     point = {f"p{i}": wide(leaf) for i, leaf in enumerate(leaves)}
@@ -126,7 +133,7 @@ def test_derivatives(name):
 
 
 def test_what_lies_between_two_maps_is_rounded_once():
-    layer = GLU(1, 1, "geglu", key=KEY)
+    layer = filled(GLU, 1, 1, "geglu", seed=0, size=1.0)
     ones = [jnp.ones((1, 1))] * 3
     layer = eqx.tree_at(
         lambda m: [m.gate_proj.weight, m.up_proj.weight, m.down_proj.weight],
@@ -135,11 +142,12 @@ def test_what_lies_between_two_maps_is_rounded_once():
     )
     x = jnp.linspace(-4, 4, 97, dtype="bfloat16")[:, None]
     exact = wide(x.astype("float32"))
-    assert_rounded(layer(x), ACTIVATIONS["gelu"](exact) * exact)
+    assert_rounded(quick(layer)(x), ACTIVATIONS["gelu"](exact) * exact)
 
 
 def test_biases_do_not_decay():
-    for layer in (GLU(3, 4, use_bias=True, key=KEY), MLP(3, 4, key=KEY)):
+    glu = filled(GLU, 3, 4, use_bias=True, seed=0, size=1.0)
+    for layer in (glu, filled(MLP, 3, 4, seed=0, size=1.0)):
         mask = weight_decay_mask(layer)
         assert mask.up_proj.weight
         assert not mask.up_proj.bias

@@ -16,6 +16,7 @@ from support.derivatives import check_first_order, check_second_order
 from support.layer_cases import seeds
 from support.numpy_oracles import sinusoidal_positions as waves
 from support.numpy_oracles import wide
+from support.quick import built, filled, quick_filter_jit
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import PatchEmbedding, weight_decay_mask
@@ -27,17 +28,13 @@ SIZES = [((6, 4), (3, 2), 2), ((5, 5), (5, 5), 1), ((3, 8), (1, 4), 3)]
 
 @functools.cache
 def compiled():
-    return eqx.filter_jit(lambda layer, x: layer(x))
+    return quick_filter_jit(lambda layer, x: layer(x))
 
 
 @functools.cache
 def patches(image=(6, 4), patch=(3, 2), channels=2, **options) -> Any:
-    key = jax.random.key(0)
-    layer = PatchEmbedding(image, patch, 5, channels, **options, key=key)
-    if layer.class_token is None:
-        return layer
-    token = jax.random.normal(key, (5,))
-    return eqx.tree_at(lambda m: m.class_token, layer, token)
+    sizes = (image, patch, 5, channels)
+    return filled(PatchEmbedding, *sizes, **options, seed=0, size=0.5)
 
 
 def random(shape, seed):
@@ -101,28 +98,28 @@ def test_a_convolution_of_equinox_gives_the_same(size):
     """Its kernel is our weight, reshaped."""
     layer = patches(*size)
     patch = layer.patch_size
-    conv = eqx.nn.Conv2d(
-        layer.in_channels, 5, patch, stride=patch, key=jax.random.key(1)
-    )
+    sizes = (layer.in_channels, 5, patch, patch)
+    conv = filled(eqx.nn.Conv2d, *sizes, seed=1, size=1.0)
     weight = layer.proj.weight.reshape(conv.weight.shape)
     bias = layer.proj.bias[:, None, None]
     conv = eqx.tree_at(lambda m: (m.weight, m.bias), conv, (weight, bias))
     x = jnp.asarray(random((layer.in_channels, *layer.image_size), 0))
-    want = np.asarray(conv(x)).reshape(5, -1).T
+    want = np.asarray(quick_filter_jit(conv)(x)).reshape(5, -1).T
     got = compiled()(layer, x)
     assert_close(got, want, dtype="float32", length=layer.proj.in_features)
 
 
 def test_the_size_of_an_image_may_be_one_number():
-    layer = PatchEmbedding(224, 16, 768, key=jax.random.key(0))
+    layer = filled(PatchEmbedding, 224, 16, 768, seed=0, size=1.0)
     assert (layer.grid, layer.num_patches, layer.length) == ((14, 14), 196, 196)
     assert layer.proj.weight.shape == (768, 3 * 16 * 16)
-    wide_one = PatchEmbedding((32, 48), (8, 16), 4, 1, key=jax.random.key(0))
+    wide_one = filled(PatchEmbedding, (32, 48), (8, 16), 4, 1, seed=0, size=1.0)
     assert (wide_one.grid, wide_one.num_patches) == ((4, 3), 12)
 
 
 def test_initial_values():
-    layer: Any = PatchEmbedding(32, 4, 40, 3, True, "learned", key=jax.random.key(0))
+    sizes = (32, 4, 40, 3, True, "learned")
+    layer = built(PatchEmbedding, *sizes, key=jax.random.key(0))
     np.testing.assert_array_equal(layer.class_token, np.zeros(40))
     values = np.asarray(layer.learned.weight, "float64").ravel()
     assert stats.kstest(values / 0.02, "norm").pvalue > 1e-3
@@ -134,8 +131,10 @@ def test_initial_values():
 def test_a_pixel_reaches_its_patch_alone():
     layer = patches(class_token=True, positions="learned")
     x = jnp.asarray(random((2, 6, 4), 0))
-    before, after = layer(x), layer(x.at[1, 4, 1].add(1.0))
-    changed = np.any(np.asarray(before != after), axis=-1)
+    other = np.array(x)
+    other[1, 4, 1] += 1.0
+    before, after = compiled()(layer, x), compiled()(layer, jnp.asarray(other))
+    changed = np.any(np.asarray(before) != np.asarray(after), axis=-1)
     # Row 4 is in the second row of patches, column 1 in the first column.
     np.testing.assert_array_equal(np.flatnonzero(changed), [1 + 2])
 
@@ -151,7 +150,8 @@ def test_derivatives():
     }
     point = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
     readout = rng.standard_normal((3, 3))
-    layer = PatchEmbedding((4, 2), 2, 3, 1, True, "learned", key=jax.random.key(0))
+    sizes = ((4, 2), 2, 3, 1, True, "learned")
+    layer = filled(PatchEmbedding, *sizes, seed=0, size=1.0)
 
     def function(arrays):
         built = eqx.tree_at(

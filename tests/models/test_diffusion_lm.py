@@ -12,6 +12,8 @@ import pytest
 from scipy import special, stats
 from support.model_oracle import model_row, moved
 from support.numpy_oracles import wide
+from support.quick import built, filled
+from support.quick import quick_filter_jit as quick
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -55,32 +57,30 @@ def turn() -> np.ndarray:
     return np.random.default_rng(8).standard_normal((D, D))
 
 
-def quick(function: Any) -> Any:
-    """Compiled without much optimisation: models this small need none."""
-    jit: Any = eqx.filter_jit
-    return jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 features = quick(lambda model, tokens: model.features(tokens)[0])
 
 
 @functools.cache
 def make(tie: bool = False) -> LanguageModel:
-    model = mamba_language_model(
-        VOCAB, D, 1, d_state=2, d_conv=2, tie_embeddings=tie, key=KEY
-    )
-    return moved(model, 3, size=0.7)
+    sizes: dict[str, Any] = {"d_state": 2, "d_conv": 2, "tie_embeddings": tie}
+
+    def noisy(key):
+        return moved(mamba_language_model(VOCAB, D, 1, **sizes, key=key), 3, size=0.7)
+
+    return built(noisy, key=KEY)
 
 
 @functools.cache
 def positioned() -> LanguageModel:
     """One whose vectors depend on where they stand, through a cache of its own."""
-    conv = Conv1DBlock(D, D, 2, key=KEY)
-    embedding = TokenEmbedding(VOCAB, D, "learned", 8, True, key=KEY)
-    model = LanguageModel(
-        VOCAB, D, [ResidualBlock(conv, D)], embedding=embedding, key=KEY
-    )
-    return moved(model, 4, size=0.7)
+
+    def noisy(key):
+        block = ResidualBlock(Conv1DBlock(D, D, 2, key=key), D)
+        embedding = TokenEmbedding(VOCAB, D, "learned", 8, True, key=key)
+        model = LanguageModel(VOCAB, D, [block], embedding=embedding, key=key)
+        return moved(model, 4, size=0.7)
+
+    return built(noisy, key=KEY)
 
 
 def table_of(model: LanguageModel) -> np.ndarray:
@@ -95,7 +95,7 @@ def head(kind: Any = DiffusionNextTokenHead, **options: Any) -> Any:
         "num_train_timesteps": 50,
         "time_embed_dim": 6,
     }
-    return kind(D, **(arguments | options), key=jax.random.key(1))
+    return filled(kind, D, seed=1, size=0.4, **(arguments | options))
 
 
 def batch(packed: bool) -> tuple[jax.Array, Any]:
@@ -133,14 +133,18 @@ def test_cross_entropy_of_documents(packed):
 def test_what_the_head_is_trained_on(packed, build):
     tokens, ids = batch(packed)
     model, spy = build(), head(Spy, loss_weight=0.25)
-    loss, parts = diffusion_language_loss(
-        model, spy, tokens, segment_ids=ids, key=jax.random.key(2)
-    )
-    features, targets, mask = Spy.seen.pop()
-    before = None if ids is None else ids[:, :-1]
-    np.testing.assert_array_equal(
-        features, model.features(tokens[:, :-1], segment_ids=before)[0]
-    )
+
+    @quick
+    def run(model, spy, tokens, ids):
+        loss = diffusion_language_loss(
+            model, spy, tokens, segment_ids=ids, key=jax.random.key(2)
+        )
+        before = None if ids is None else ids[:, :-1]
+        own = model.features(tokens[:, :-1], segment_ids=before)[0]
+        return loss, Spy.seen.pop(), own
+
+    (loss, parts), (features, targets, mask), own = run(model, spy, tokens, ids)
+    np.testing.assert_array_equal(features, own)
     counted = COUNTED if packed else np.ones_like(COUNTED)
     np.testing.assert_array_equal(mask, counted)
     rows = table_of(model)[TOKENS[:, 1:]]
@@ -152,39 +156,26 @@ def test_what_the_head_is_trained_on(packed, build):
     assert_close(parts["diffusion"], want, dtype="float32", length=100)
 
 
+@quick
+@functools.partial(eqx.filter_value_and_grad, has_aux=True)
+def slope(both, tokens, ids):
+    return diffusion_language_loss(both[0], both[1], tokens, segment_ids=ids, key=KEY)
+
+
 def test_what_stands_at_padding_changes_nothing():
     model, real = make(), head()
     other = np.where(PACKED < 0, 10_000, TOKENS)
-    run = quick(
-        eqx.filter_value_and_grad(
-            lambda both, tokens: diffusion_language_loss(
-                both[0], both[1], tokens, segment_ids=jnp.asarray(PACKED), key=KEY
-            ),
-            has_aux=True,
-        )
-    )
-    (loss, _), grads = run((model, real), jnp.asarray(TOKENS))
-    (same, _), same_grads = run((model, real), jnp.asarray(other, "int32"))
+    ids = jnp.asarray(PACKED)
+    (loss, _), grads = slope((model, real), jnp.asarray(TOKENS), ids)
+    (same, _), same_grads = slope((model, real), jnp.asarray(other, "int32"), ids)
     assert np.isfinite(loss)
     np.testing.assert_array_equal(loss, same)
     jax.tree.map(np.testing.assert_array_equal, grads, same_grads)
 
 
 def test_nothing_to_predict():
-    ids = [[-1, -1, -1], [0, 1, 2]]
-
-    def total(both):
-        return diffusion_language_loss(
-            both[0],
-            both[1],
-            jnp.asarray([[1, 2, 3]] * 2),
-            segment_ids=jnp.asarray(ids),
-            key=KEY,
-        )
-
-    value, grads = quick(eqx.filter_value_and_grad(total, has_aux=True))(
-        (make(), head())
-    )
+    ids = jnp.asarray([[-1] * 7, [*range(7)]], "int32")
+    value, grads = slope((make(), head()), jnp.asarray(TOKENS), ids)
     assert float(value[0]) == 0
     assert all(np.all(np.asarray(leaf) == 0) for leaf in jax.tree.leaves(grads))
 
@@ -242,6 +233,11 @@ def by_hand(model, prompt) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@quick
+def generated(model, head, rows, **options):
+    return diffusion_generate(model, head, rows, max_new_tokens=NEW, key=KEY, **options)
+
+
 @pytest.mark.parametrize("build", [make, positioned])
 def test_text_is_the_nearest_row_of_every_sample(build):
     prompts = [[3, 1, 4], [5], [2, 6]]
@@ -249,16 +245,21 @@ def test_text_is_the_nearest_row_of_every_sample(build):
     assert len({token for text in want for token in text}) > 2, "it could not fail"
     rows = jnp.asarray([[3, 1, 4], [0, 0, 5], [2, 0, 6]], "int32")
     ids = jnp.asarray([[0, 0, 0], [-1, -1, 0], [0, -1, 0]], "int32")
-    run = functools.partial(
-        diffusion_generate, build(), head(Spy), max_new_tokens=NEW, key=KEY
-    )
-    out = run(rows, segment_ids=ids)
+    out = generated(build(), head(Spy), rows, segment_ids=ids)
     assert out.tokens.tolist() == want
     assert out.lengths.tolist() == [NEW] * 3
-    stop = want[0][1]
-    stopped = run(rows, segment_ids=ids, stop_token=stop)
-    assert int(stopped.lengths[0]) == want[0].index(stop) + 1
-    assert run(jnp.asarray([3, 1, 4], "uint8")).tokens.tolist() == want[0]
+
+
+def test_text_of_one_prompt_that_stops():
+    """Its end is a token of its own, and a prompt of bytes needs no rows."""
+    want = by_hand(make(), [3, 1, 4])
+    prompt = jnp.asarray([3, 1, 4], "uint8")
+    whole = generated(make(), head(Spy), prompt)
+    assert whole.tokens.tolist() == want
+    rows = jnp.asarray([[0, 3, 1, 4]], "int32")
+    ids = jnp.asarray([[-1, 0, 0, 0]], "int32")
+    stopped = generated(make(), head(Spy), rows, segment_ids=ids, stop_token=want[1])
+    assert stopped.lengths.tolist() == [want.index(want[1]) + 1]
 
 
 def test_a_head_that_is_not_enabled_takes_no_part():
@@ -269,12 +270,16 @@ def test_a_head_that_is_not_enabled_takes_no_part():
     assert got.tokens.tolist() == want.tokens.tolist()
 
 
+def passing(width: int, *, key, **options: Any) -> LanguageModel:
+    """A model whose block adds nothing to what it reads."""
+    conv = Conv1DBlock(width, width, 1, use_bias=False, activation=None, key=key)
+    conv = eqx.tree_at(lambda c: c.weight, conv, jnp.zeros_like(conv.weight))
+    return LanguageModel(VOCAB, width, [ResidualBlock(conv, width)], **options, key=key)
+
+
 def fixed(scores) -> LanguageModel:
     """A model with the same scores whatever it reads: its features start with 1."""
-    conv = Conv1DBlock(D, D, 1, use_bias=False, activation=None, key=KEY)
-    conv = eqx.tree_at(lambda c: c.weight, conv, jnp.zeros_like(conv.weight))
-    block = ResidualBlock(conv, D)
-    model = LanguageModel(VOCAB, D, [block], tie_embeddings=False, key=KEY)
+    model = built(passing, D, tie_embeddings=False, key=KEY)
     where: Any = lambda m: (m.embedding.weight, m.head.weight)
     rows = jnp.ones((VOCAB, D)).at[2, 1:].set(-1.0)
     weights = jnp.zeros((VOCAB, D)).at[:, 0].set(jnp.asarray(scores, "float32"))
@@ -319,20 +324,18 @@ def test_the_share_of_the_head(share):
 def test_an_adapter_learns_to_write():
     """A frozen model that passes tokens through, a head that learns what follows."""
     width, steps = 8, 400
-    conv = Conv1DBlock(width, width, 1, use_bias=False, activation=None, key=KEY)
-    conv = eqx.tree_at(lambda c: c.weight, conv, jnp.zeros_like(conv.weight))
-    model = LanguageModel(VOCAB, width, [ResidualBlock(conv, width)], key=KEY)
+    model = built(passing, width, key=KEY)
     # Rows far apart, of unlike length.
     rows = jnp.eye(VOCAB, width) * jnp.linspace(0.02, 0.4, VOCAB)[:, None]
     model = eqx.tree_at(lambda m: m.embedding.weight, model, rows)
-    adapter = DiffusionNextTokenHead(
-        width, True, time_embed_dim=16, key=jax.random.key(1)
+    adapter = built(
+        DiffusionNextTokenHead, width, True, time_embed_dim=16, key=jax.random.key(1)
     )
     # Powers of 3 modulo 7 go through all but 0.
     text = jnp.asarray([3**i % VOCAB for i in range(13)] * 2, "int32").reshape(2, 13)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
-    @eqx.filter_jit
+    @quick
     def train(adapter, model):
         arrays, static = eqx.partition(adapter, eqx.is_inexact_array)
 
@@ -363,7 +366,8 @@ def test_an_adapter_learns_to_write():
     assert np.ptp(parts["cross_entropy"]) == 0, "the model stays as it is"
     assert parts["diffusion"][-50:].mean() < 0.5 * parts["diffusion"][:5].mean()
     first = jnp.asarray([[1], [3], [2], [6], [4], [5]] * 20, "int32")
-    out = diffusion_generate(model, adapter, first, max_new_tokens=6, key=KEY)
+    write = quick(functools.partial(diffusion_generate, max_new_tokens=6, key=KEY))
+    out = write(model, adapter, first)
     written = np.concatenate([first, out.tokens], axis=-1)
     right = written[:, 1:] == written[:, :-1] * 3 % VOCAB
     assert right.mean() > 0.95
