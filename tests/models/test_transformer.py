@@ -208,5 +208,5 @@ def test_a_cache_or_an_embedding_that_does_not_fit():
 @pytest.mark.errors
 def test_a_feed_forward_of_another_width():
     block = TransformerBlock(Attention(8, 2, key=KEY), lambda x, key: x[..., :4], 8)
-    with refused("TransformerBlock: every layer must keep the shape"):
+    with refused("TransformerBlock: the feed-forward must keep the shape"):
         block(jnp.ones((3, 8)))

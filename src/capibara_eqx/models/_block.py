@@ -130,7 +130,7 @@ class ResidualBlock(AbstractBlock):
         seen = self.norm(zero_padding(x, segment_ids))
         out = self.mixer(seen, segment_ids=segment_ids, key=mixer_key)
         y, aux = out if isinstance(out, tuple) else (out, None)
-        return add("ResidualBlock", x, self.dropout(y, key=dropout_key)), aux
+        return add("ResidualBlock", "mixer", x, self.dropout(y, key=dropout_key)), aux
 
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
@@ -148,23 +148,23 @@ class ResidualBlock(AbstractBlock):
         """See `AbstractSequenceMixer.prefill`; there is no dropout."""
         seen = self.norm(zero_padding(x, segment_ids))
         y, cache = self.mixer.prefill(seen, cache, segment_ids=segment_ids)
-        return add("ResidualBlock", x, y), cache
+        return add("ResidualBlock", "mixer", x, y), cache
 
     def step(
         self, x: Float[Array, "*batch d_model"], cache: Any
     ) -> tuple[Float[Array, "*batch d_model"], Any]:
         """See `AbstractSequenceMixer.step`; there is no dropout."""
         y, cache = self.mixer.step(self.norm(x), cache)
-        return add("ResidualBlock", x, y), cache
+        return add("ResidualBlock", "mixer", x, y), cache
 
 
 def add(
-    block: str, x: Float[Array, "*shape"], y: Float[Array, "..."]
+    block: str, layer: str, x: Float[Array, "*shape"], y: Float[Array, "..."]
 ) -> Float[Array, "*shape"]:
     """The sum of the residual stream and a layer's output, of one shape."""
     if y.shape != x.shape:
         raise ValueError(
-            f"{block}: every layer must keep the shape of its input, "
+            f"{block}: the {layer} must keep the shape of its input, "
             f"{x.shape}, got {y.shape}. Build it with equal widths in and out, or "
             "project its output."
         )

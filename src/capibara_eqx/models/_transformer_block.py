@@ -93,9 +93,10 @@ class TransformerBlock(AbstractBlock):
         seen = self.mixer_norm(zero_padding(x, segment_ids))
         out = self.mixer(seen, segment_ids=segment_ids, key=mixer_key)
         y, mixer_aux = out if isinstance(out, tuple) else (out, None)
-        x = add("TransformerBlock", x, self.dropout(y, key=dropout_keys[0]))
+        x = add("TransformerBlock", "mixer", x, self.dropout(y, key=dropout_keys[0]))
         y, ff_aux = self._feed_forward(x, segment_ids, ff_key)
-        x = add("TransformerBlock", x, self.dropout(y, key=dropout_keys[1]))
+        y = self.dropout(y, key=dropout_keys[1])
+        x = add("TransformerBlock", "feed-forward", x, y)
         return x, (mixer_aux, ff_aux)
 
     def init_cache(
@@ -114,18 +115,18 @@ class TransformerBlock(AbstractBlock):
         """See `AbstractSequenceMixer.prefill`; there is no dropout."""
         seen = self.mixer_norm(zero_padding(x, segment_ids))
         y, cache = self.mixer.prefill(seen, cache, segment_ids=segment_ids)
-        x = add("TransformerBlock", x, y)
+        x = add("TransformerBlock", "mixer", x, y)
         y, _ = self._feed_forward(x, segment_ids, None)
-        return add("TransformerBlock", x, y), cache
+        return add("TransformerBlock", "feed-forward", x, y), cache
 
     def step(
         self, x: Float[Array, "*batch d_model"], cache: Any
     ) -> tuple[Float[Array, "*batch d_model"], Any]:
         """See `AbstractSequenceMixer.step`; there is no dropout."""
         y, cache = self.mixer.step(self.mixer_norm(x), cache)
-        x = add("TransformerBlock", x, y)
+        x = add("TransformerBlock", "mixer", x, y)
         y, _ = self._feed_forward(x, None, None)
-        return add("TransformerBlock", x, y), cache
+        return add("TransformerBlock", "feed-forward", x, y), cache
 
     def _feed_forward(
         self,
