@@ -1,5 +1,6 @@
 """What is written is read again, and what lies on disk is what others expect."""
 
+import contextlib
 import functools
 import inspect
 import json
@@ -341,12 +342,12 @@ def test_an_interrupted_write_leaves_no_mixture(sizes, tmp_path, monkeypatch):
             patch.setattr(os, "replace", until_interrupted(os.replace))
             patch.setattr(os, "fsync", until_interrupted(os.fsync))
             patch.setattr(Path, "unlink", until_interrupted(Path.unlink))
-            try:
+            finished = False
+            with contextlib.suppress(KeyboardInterrupt):
                 save_hf(second, folder, max_shard_size=sizes[1])
-            except KeyboardInterrupt:
-                pass
-            else:
-                break
+                finished = True
+        if finished:
+            break
         try:
             found = load_hf(folder)
         except ValueError as error:
