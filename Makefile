@@ -32,7 +32,8 @@ test: $(STAMPS)/test ## run the tests
 	$(BIN)/python -m pytest -m "errors and not slow" tests
 
 test-all: $(STAMPS)/test ## run the tests, the slow ones too
-	$(BIN)/python -m pytest $(PARALLEL) -m "not errors" $(HOOK) tests
+	CAPIBARA_TEST_OPTIMISED=1 \
+		$(BIN)/python -m pytest $(PARALLEL) -m "not errors" $(HOOK) tests
 	$(BIN)/python -m pytest -m errors tests
 
 test-oldest: ## run the tests on the oldest dependencies that pyproject.toml allows

@@ -60,6 +60,21 @@ def room_for_compiled_functions() -> Iterator[None]:
         gc.collect()
 
 
+# Layers and models are put together of what is tested as users compile it elsewhere.
+# Here it counts what is computed, once and on a handful of numbers; without the
+# optimiser of machine code that compiles in two thirds of the time.
+UNOPTIMISED = ("interop", "layers", "models")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
+    folder = request.path.relative_to(ROOT / "tests").parts[0]
+    quick = folder in UNOPTIMISED and "CAPIBARA_TEST_OPTIMISED" not in os.environ
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def getkey(request: pytest.FixtureRequest) -> Callable[[], PRNGKeyArray]:
     """A function that returns a new `jax.random` key at every call.

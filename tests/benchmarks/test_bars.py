@@ -45,6 +45,10 @@ def test_bars_follow_from_the_medians():
         measurement(
             "transformers_1_thread", "generate", 7.0, "batch_1", "llama_decode"
         ),
+        measurement("ragged", BOTH, 4.0, "fine_grained", "experts"),
+        measurement("capacity", BOTH, 5.0, "fine_grained", "experts"),
+        measurement("dense", BOTH, 9.0, "fine_grained", "experts"),
+        measurement("scan", BOTH, 8.0, "fine_grained", "experts"),
         measurement("default", "train", 2.0, "demo", "demo"),
         measurement("xla", "train", 5.0, "demo", "demo"),
     ]
@@ -60,6 +64,7 @@ def test_bars_follow_from_the_medians():
         "plain_gradients": 2.5,
         "temporaries": 0.25,
         "llama_1": 3.5,
+        "experts_gradients": 1.25,
     }
     assert [name for name, bar in found.items() if not bar.passed] == [
         "probe_gradients",

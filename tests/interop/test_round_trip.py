@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from support.quick import built, filled, quick_filter_jit
+from support.quick import built, filled
 
 from capibara_eqx.interop import load_hf, save_hf
 from capibara_eqx.models import transformer_language_model
@@ -53,7 +53,7 @@ def read_json(path):
     return json.loads(path.read_text())
 
 
-@quick_filter_jit
+@eqx.filter_jit
 def logits_of(model):
     return model(jnp.arange(7, dtype="int32") % VOCAB)
 

@@ -1,5 +1,7 @@
 """What the attention layers refuse, and in which words."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -50,6 +52,7 @@ def test_sizes_of_attention(arguments, words):
         ({"dropout_p": 1.5}, ("`dropout_p`", "between 0 and 1", "1.5")),
         ({"window": 0}, ("`window`", "positive integer", "0")),
         ({"eps": 0.0, "qk_norm": True}, ("`eps`", "positive")),
+        ({"eps": -1.0}, ("`eps`", "positive")),
         (
             {"rope_enabled": True, "rope_scaling": "linear"},
             ("`scaling` must be LinearScaling", "'linear'"),
@@ -60,6 +63,15 @@ def test_sizes_of_attention(arguments, words):
 def test_options_of_attention(options, words):
     with refused(*words):
         Attention(4, 2, key=KEY, **options)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [Attention, partial(DecoupledAttention, sem_dim=8, geo_dim=8), CrossAttention],
+)
+def test_an_unknown_implementation(build):
+    with refused("attention", "`implementation`", "'blokwise'", "mean 'blockwise'"):
+        build(4, 2, implementation="blokwise", key=KEY)
 
 
 @pytest.mark.parametrize(

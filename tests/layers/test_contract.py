@@ -17,6 +17,7 @@ from support.layer_cases import (
     inputs,
     packed_rows,
     prefill,
+    root_mean_square,
     run,
     seeds,
     step,
@@ -95,8 +96,10 @@ def test_batch_axes_are_rows_on_their_own(case, ids, seed):
 def test_pointwise_layers_take_any_axes(case, shape, function, seed):
     x = inputs(case, (*shape, *case.axes), seed)
     got = run(case, function, x)
+    terms = root_mean_square(run(case, call, inputs(case, (3, 2, *case.axes), 0)))
     for index in np.ndindex(shape):
-        close(case, got[index], run(case, call, x[index]), f"element {index}")
+        want = run(case, call, x[index])
+        close(case, got[index], want, f"element {index}", terms=terms)
 
 
 @each("mixer")
@@ -125,7 +128,7 @@ def test_call_is_a_loop_of_step(case, first, seed):
         _, cache = run(case, prefill, x[:first], cache)
     for t in range(first, LENGTH):
         y, cache = run(case, step, x[t], cache)
-        close(case, y, want[t], f"step {t}")
+        close(case, y, want[t], f"step {t}", terms=root_mean_square(want))
     close(case, cache, want_cache, "cache after the steps")
 
 

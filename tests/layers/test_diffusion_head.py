@@ -12,11 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 from support import diffusion_oracle as oracle
-from support.derivatives import check_first_order, check_second_order, quick_jit
+from support.derivatives import check_first_order, check_second_order
 from support.model_oracle import moved
 from support.precision import enable_x64
 from support.quick import filled
-from support.quick import quick_filter_jit as quick
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -58,9 +57,9 @@ def make(kind: Any = DiffusionNextTokenHead, **options: Any) -> Any:
     return filled(kind, D, seed=1, size=0.4, **(arguments | options))
 
 
-loss = quick(lambda head, x, key: head.loss(x, x, key=key))
-scores = quick(lambda head, x0, table: head.logits(x0, table))
-draw = quick(lambda head, x, key: head.sample(x, key=key))
+loss = eqx.filter_jit(lambda head, x, key: head.loss(x, x, key=key))
+scores = eqx.filter_jit(lambda head, x0, table: head.logits(x0, table))
+draw = eqx.filter_jit(lambda head, x, key: head.sample(x, key=key))
 
 
 def wide(head: Any) -> Any:
@@ -81,7 +80,7 @@ class Spy(DiffusionNextTokenHead):
 
 def drawn(head: Any, features, targets, **options) -> Any:
 
-    @quick
+    @eqx.filter_jit
     def run(head, features, targets, options):
         head.loss(features, targets, **options)
         return Spy.seen.pop()
@@ -112,7 +111,7 @@ def test_the_prediction(shape, conditional):
     t = np.random.default_rng(0).integers(0, STEPS, shape)
     condition = c if conditional else None
     want = oracle.predict_noise(params(predictor), x, t, condition)
-    call = quick(predictor)
+    call = eqx.filter_jit(predictor)
     given = None if condition is None else jnp.asarray(condition)
     got = call(jnp.asarray(x), jnp.asarray(t, "int32"), given)
     assert_close(got, want, dtype="float32", length=64)
@@ -135,9 +134,9 @@ def test_the_loss_at_given_draws(masked):
         features[~mask] = targets[~mask] = np.nan
     arrays = [jnp.asarray(a) for a in (features, 0.02 * targets, t, noise)]
     given = None if mask is None else jnp.asarray(mask)
-    value = quick(lambda h, a: h.noise_loss(*a, mask=given))
+    value = eqx.filter_jit(lambda h, a: h.noise_loss(*a, mask=given))
     assert_close(value(head, arrays), want, dtype="float32", length=100)
-    grads = quick(eqx.filter_grad(lambda h, a: h.noise_loss(*a, mask=given)))
+    grads = eqx.filter_jit(eqx.filter_grad(lambda h, a: h.noise_loss(*a, mask=given)))
     leaves = jax.tree.leaves(grads(head, arrays))
     assert leaves
     assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
@@ -147,7 +146,7 @@ def test_nothing_that_counts():
     head, x = make(), jnp.ones((2, D))
     none = jnp.zeros((2,), bool)
 
-    @quick
+    @eqx.filter_jit
     @eqx.filter_value_and_grad
     def run(head, x):
         return head.loss(x, x, mask=none, key=jax.random.key(0))
@@ -270,7 +269,7 @@ def test_a_guided_sample(scheduler, scale):
             return without + s * (with_it - without)
 
         want = oracle.sample(scheduler, kept, start, predict)
-        got = quick(lambda h, f: h.sample(f, key=key))(head, features)
+        got = eqx.filter_jit(lambda h, f: h.sample(f, key=key))(head, features)
         assert_close(got, want, dtype="float64", length=1000)
 
 
@@ -329,7 +328,7 @@ def test_rows_of_zeros():
         return loss + jnp.sum(head.logits(x0, table))
 
     along = jnp.ones_like(table)
-    slope, bend = quick_jit(lambda table: jax.jvp(jax.grad(total), (table,), (along,)))(
+    slope, bend = jax.jit(lambda table: jax.jvp(jax.grad(total), (table,), (along,)))(
         table
     )
     assert np.all(np.isfinite([slope, bend]))
@@ -354,7 +353,7 @@ def test_bfloat16():
 def test_one_trace_for_other_values():
     traces = []
 
-    @quick
+    @eqx.filter_jit
     def run(head, x, key):
         traces.append(1)
         return head.sample_token(x, jnp.eye(D), key=key)

@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 from support.quick import built
-from support.quick import quick_filter_jit as quick
 
 from capibara_eqx.layers import (
     DiffusionNextTokenHead,
@@ -33,7 +32,7 @@ def trained() -> tuple[DiffusionNextTokenHead, jax.Array, jax.Array]:
     # Of what each condition is followed by: any map but the identity.
     after = (jnp.arange(VOCAB) * 3 + 2) % VOCAB
 
-    @quick
+    @eqx.filter_jit
     def train(head):
         arrays, static = eqx.partition(head, eqx.is_inexact_array)
 
@@ -69,7 +68,7 @@ def test_a_small_vocabulary_is_recovered(scheduler):
     head = eqx.tree_at(lambda h: h.schedule, head, chain)
     rows = jnp.tile(conditions, (100, 1))
     want = np.tile((np.arange(VOCAB) * 3 + 2) % VOCAB, 100)
-    sample = quick(lambda h, x, t, k: h.sample_token(x, t, key=k))
+    sample = eqx.filter_jit(lambda h, x, t, k: h.sample_token(x, t, key=k))
     got = np.asarray(sample(head, rows, table, jax.random.key(1)))
     assert np.mean(got == want) > 0.95
 
@@ -77,7 +76,7 @@ def test_a_small_vocabulary_is_recovered(scheduler):
 def test_without_a_condition_all_tokens_are_drawn():
     head, table, _ = trained()
     alone = eqx.tree_at(lambda h: h.cfg_guidance_scale, head, 0.0)
-    ids = quick(lambda x: alone.sample_token(x, table, key=jax.random.key(2)))(
+    ids = eqx.filter_jit(lambda x: alone.sample_token(x, table, key=jax.random.key(2)))(
         jnp.zeros((700, WIDTH))
     )
     counts = np.bincount(np.asarray(ids), minlength=VOCAB)

@@ -23,7 +23,7 @@ from support.layer_cases import packed_rows, seeds
 from support.numpy_oracles import documents, wide
 from support.numpy_oracles import sinusoidal_positions as waves
 from support.precision import enable_x64
-from support.quick import filled, quick_filter_jit
+from support.quick import filled
 from support.tolerances import assert_close, assert_rounded
 
 from capibara_eqx.layers import (
@@ -42,7 +42,7 @@ NUMBERS: dict[str, Any] = {"seed": 0, "size": 1.0}
 
 @functools.cache
 def compiled():
-    return quick_filter_jit(lambda layer, x, **options: layer(x, **options))
+    return eqx.filter_jit(lambda layer, x, **options: layer(x, **options))
 
 
 @functools.cache
@@ -94,7 +94,7 @@ def test_positions_count_within_documents(positions, row, seed):
 
 @functools.cache
 def packed():
-    return quick_filter_jit(lambda layer, x, ids: layer(x, segment_ids=ids))
+    return eqx.filter_jit(lambda layer, x, ids: layer(x, segment_ids=ids))
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])
@@ -131,7 +131,7 @@ def test_a_document_in_pieces_takes_the_positions_of_the_whole(cuts, seed):
 
 @functools.cache
 def streamed():
-    return quick_filter_jit(
+    return eqx.filter_jit(
         lambda layer, x, cache, ids=None: layer.prefill(x, cache, segment_ids=ids)
     )
 
@@ -204,7 +204,7 @@ def test_dropout_acts_on_the_sum():
     layer = token_embedding("sinusoidal", dropout_p=0.5)
     plain = token_embedding("sinusoidal")
     tokens = jnp.asarray([[1, 2, 3]] * 40)
-    random = quick_filter_jit(lambda layer, x, key: layer(x, key=key))
+    random = eqx.filter_jit(lambda layer, x, key: layer(x, key=key))
     y = np.asarray(random(layer, tokens, jax.random.key(0)))
     kept = y != 0
     assert stats.binomtest(int(kept.sum()), y.size, 0.5).pvalue > 1e-3
@@ -245,7 +245,7 @@ def test_a_step_of_an_optimiser_moves_only_the_rows_that_were_read():
     layer = token_embedding(scale=True)
     tokens = jnp.asarray([[3, 7, 7]])
     slope = eqx.filter_grad(lambda m: jnp.sum(m(tokens) ** 2))
-    gradient = quick_filter_jit(slope)(layer)
+    gradient = eqx.filter_jit(slope)(layer)
     step = optax.sgd(0.1)
     updates, _ = step.update(gradient, step.init(eqx.filter(layer, eqx.is_array)))
     moved = eqx.apply_updates(layer, updates)
@@ -329,7 +329,7 @@ def test_a_stream_longer_than_the_learned_positions_is_an_error():
     layer = token_embedding()
     tokens = jnp.zeros((LONGEST,), "int32")
     _, cache = streamed()(layer, tokens, layer.init_cache())
-    step = quick_filter_jit(lambda layer, x, cache: layer.step(x, cache))
+    step = eqx.filter_jit(lambda layer, x, cache: layer.step(x, cache))
     with pytest.raises(RuntimeError, match="between 0 and 11"):
         jax.block_until_ready(step(layer, tokens[0], cache))
     # Two documents of half the length are none.

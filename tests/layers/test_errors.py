@@ -95,6 +95,7 @@ CHOICES = [
     (conv, {"out_channels": 6, "residual": True}, ["residual", "in_channels", "equal"]),
     (mamba, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
     (conv, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
+    (mamba, {"implementation": ["xla", "cpu"]}, ["implementation", "one name"]),
     (Dropout, {"p": 1.5}, ["`p`", "1.5", "between 0 and 1"]),
     (Dropout, {"p": -0.1}, ["`p`", "-0.1", "between 0 and 1"]),
 ]
@@ -102,12 +103,8 @@ CHOICES = [
 
 @pytest.mark.parametrize(("build", "arguments", "words"), CHOICES)
 def test_arguments_that_do_not_fit(build, arguments, words):
-    def build_and_call():
-        layer = build(**arguments)
-        return layer if build is Dropout else layer(zeros(5, 4))
-
     with refused(*words):
-        build_and_call()
+        build(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import pytest
 from support.derivatives import check_first_order, check_second_order
 from support.expert_oracle import ACTIVATIONS, gated_unit
 from support.quick import built, filled
-from support.quick import quick_filter_jit as quick
 from support.tolerances import assert_close, assert_rounded
 
 from capibara_eqx.layers import GLU, MLP, SwiGLU, weight_decay_mask
@@ -43,7 +42,7 @@ def test_glu(activation, use_bias):
     layer = filled(GLU, 5, 7, activation, use_bias, seed=0, size=0.4)
     x = random((3, 2, 5))
     want = expected_glu(layer, x, GATES[activation])
-    assert_close(quick(layer)(x), want, dtype="float32", length=12)
+    assert_close(eqx.filter_jit(layer)(x), want, dtype="float32", length=12)
 
 
 def test_swiglu_is_the_glu_of_that_name():
@@ -54,8 +53,8 @@ def test_swiglu_is_the_glu_of_that_name():
         *[(5, 7), (5,)],
     ]
     x = random((4, 5))
-    got = quick(swiglu)(x)
-    np.testing.assert_array_equal(got, quick(glu)(x))
+    got = eqx.filter_jit(swiglu)(x)
+    np.testing.assert_array_equal(got, eqx.filter_jit(glu)(x))
     assert_close(got, expected_glu(swiglu, x, "silu"), dtype="float32", length=12)
     bare = filled(SwiGLU, 5, 7, dtype=jnp.bfloat16, seed=0, size=1.0)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(bare)} == {"bfloat16"}
@@ -68,7 +67,7 @@ def test_one_fused_map_is_two():
     x = random((4, 5))
     gate, up = np.split(wide(x) @ fused.T, 2, axis=-1)
     want = (ACTIVATIONS["silu"](gate) * up) @ wide(layer.down_proj.weight).T
-    assert_close(quick(layer)(x), want, dtype="float32", length=12)
+    assert_close(eqx.filter_jit(layer)(x), want, dtype="float32", length=12)
 
 
 @pytest.mark.parametrize("d_out", [None, 3])
@@ -87,7 +86,7 @@ def test_mlp(activation, use_bias, d_out):
     if down.bias is not None:
         want = want + wide(down.bias)
     assert want.shape == (3, 2, d_out or 5)
-    assert_close(quick(layer)(x), want, dtype="float32", length=12)
+    assert_close(eqx.filter_jit(layer)(x), want, dtype="float32", length=12)
 
 
 def test_dropout_of_the_mlp_acts_on_what_is_inside():
@@ -96,8 +95,8 @@ def test_dropout_of_the_mlp_acts_on_what_is_inside():
     ones = (jnp.ones((300, 2)), jnp.ones((2, 300)))
     layer = eqx.tree_at(lambda m: (m.up_proj.weight, m.down_proj.weight), layer, ones)
     x = jnp.ones((50, 2))
-    full = np.asarray(quick(eqx.nn.inference_mode(layer))(x))
-    share = np.asarray(quick(layer)(x, key=jax.random.key(1))) / full
+    full = np.asarray(eqx.filter_jit(eqx.nn.inference_mode(layer))(x))
+    share = np.asarray(eqx.filter_jit(layer)(x, key=jax.random.key(1))) / full
     kept = share[:, 0] * 0.75 * 300
     np.testing.assert_allclose(kept, np.round(kept), atol=1e-3)
     assert abs(np.mean(kept) - 225) < 5 * np.sqrt(300 * 0.25 * 0.75 / 50)
@@ -142,7 +141,7 @@ def test_what_lies_between_two_maps_is_rounded_once():
     )
     x = jnp.linspace(-4, 4, 97, dtype="bfloat16")[:, None]
     exact = wide(x.astype("float32"))
-    assert_rounded(quick(layer)(x), ACTIVATIONS["gelu"](exact) * exact)
+    assert_rounded(eqx.filter_jit(layer)(x), ACTIVATIONS["gelu"](exact) * exact)
 
 
 def test_biases_do_not_decay():

@@ -15,9 +15,8 @@ from support import expert_oracle
 from support.derivatives import (
     check_first_order,
     check_second_order,
-    quick_jit,
 )
-from support.quick import built, filled, quick_filter_jit
+from support.quick import built, filled
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -60,7 +59,7 @@ def make(seed=0, **options):
 
 @functools.cache
 def compiled():
-    return quick_filter_jit(lambda layer, x, mask=None: layer(x, mask=mask))
+    return eqx.filter_jit(lambda layer, x, mask=None: layer(x, mask=mask))
 
 
 def expected(layer, x, bias: Any = 0.0):
@@ -158,7 +157,7 @@ def test_one_expert_is_a_gated_unit():
         own |= {name: take(part.weight, None), f"{name}_bias": take(part.bias, None)}
     layer = eqx.tree_at(lambda m: [getattr(m, n) for n in own], layer, [*own.values()])
     x = random((2, 4, 3))
-    want = quick_filter_jit(swiglu)(x)
+    want = eqx.filter_jit(swiglu)(x)
     assert_close(compiled()(layer, x)[0], want, dtype="float32", length=10)
 
 
@@ -209,7 +208,7 @@ def test_nothing_but_padding_is_finite_with_finite_gradients():
         return jnp.sum(y) + sum(routing.losses().values()), routing
 
     function = eqx.filter_value_and_grad(loss, has_aux=True)
-    (value, routing), gradient = quick_filter_jit(function)((layer, x))
+    (value, routing), gradient = eqx.filter_jit(function)((layer, x))
     assert value == 0
     np.testing.assert_array_equal(routing.load, np.zeros(4))
     for leaf in jax.tree.leaves(gradient):
@@ -283,7 +282,7 @@ def test_the_selection_bias_has_no_gradient_and_balances():
     layer = eqx.tree_at(lambda m: m.router.weight, layer, weight)
     x = jnp.asarray(np.abs(random((60, 3))))
 
-    @quick_filter_jit
+    @eqx.filter_jit
     def step(layer):
         def loss(layer):
             y, routing = layer(x)
@@ -336,7 +335,7 @@ def test_derivatives_of_output_and_losses(check, options):
 
 def test_vmap_gives_every_row_its_own_routing():
     layer, x = make(), random((3, 5, 3))
-    y, routing = quick_jit(jax.vmap(layer))(x)
+    y, routing = jax.jit(jax.vmap(layer))(x)
     for index in range(3):
         want, own = compiled()(layer, take(x, index))
         assert_close(take(y, index), want, dtype="float32", length=12)

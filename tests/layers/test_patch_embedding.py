@@ -16,7 +16,7 @@ from support.derivatives import check_first_order, check_second_order
 from support.layer_cases import seeds
 from support.numpy_oracles import sinusoidal_positions as waves
 from support.numpy_oracles import wide
-from support.quick import built, filled, quick_filter_jit
+from support.quick import built, filled
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import PatchEmbedding, weight_decay_mask
@@ -28,7 +28,7 @@ SIZES = [((6, 4), (3, 2), 2), ((5, 5), (5, 5), 1), ((3, 8), (1, 4), 3)]
 
 @functools.cache
 def compiled():
-    return quick_filter_jit(lambda layer, x: layer(x))
+    return eqx.filter_jit(lambda layer, x: layer(x))
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def test_a_convolution_of_equinox_gives_the_same(size):
     bias = layer.proj.bias[:, None, None]
     conv = eqx.tree_at(lambda m: (m.weight, m.bias), conv, (weight, bias))
     x = jnp.asarray(random((layer.in_channels, *layer.image_size), 0))
-    want = np.asarray(quick_filter_jit(conv)(x)).reshape(5, -1).T
+    want = np.asarray(eqx.filter_jit(conv)(x)).reshape(5, -1).T
     got = compiled()(layer, x)
     assert_close(got, want, dtype="float32", length=layer.proj.in_features)
 

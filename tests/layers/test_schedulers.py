@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import diffusion_oracle as oracle
-from support.derivatives import check_first_order, check_second_order, quick_jit
+from support.derivatives import check_first_order, check_second_order
 from support.precision import enable_x64
 from support.tolerances import assert_close
 
@@ -94,7 +94,7 @@ def test_the_loop_is_the_steps_one_after_the_other(scheduler):
         return jnp.tanh(x) * 0.8 + 0.1 * t.astype(x.dtype) / 1000
 
     with enable_x64(True):
-        together = quick_jit(functools.partial(denoise, schedule, predict))
+        together = jax.jit(functools.partial(denoise, schedule, predict))
         got = together(jnp.asarray(x))
         assert_close(got, want, dtype="float64", length=100)
         rows = jax.vmap(together)(jnp.asarray(x))
@@ -141,7 +141,7 @@ def test_a_single_point_is_found(scheduler, steps):
 
     with enable_x64(True):
         x = jax.random.normal(jax.random.key(0), (2,), "float64")
-        chain = quick_jit(functools.partial(denoise, schedule, predict))
+        chain = jax.jit(functools.partial(denoise, schedule, predict))
         got = chain(x, key=jax.random.key(1))
         # 1 / a is about a hundred at the first time.
         assert_close(got, point, dtype="float64", length=100)
@@ -166,7 +166,7 @@ def moments(schedule) -> tuple[np.ndarray, np.ndarray]:
         x: Any = np.asarray([low, high, low])
         noise = jnp.asarray([0.0, 0.0, 1.0])
         state = DenoiseState.start(jnp.asarray(x))
-        step = quick_jit(functools.partial(denoise_step, schedule))
+        step = jax.jit(functools.partial(denoise_step, schedule))
         for bar in bars:
             eps = gaussian_noise(math.sqrt(bar), math.sqrt(1 - bar), x)
             before = x[1] - x[0]
@@ -277,7 +277,7 @@ def test_the_loop_draws_new_noise_at_every_step(scheduler):
     normal = jax.random.normal(jax.random.key(5), (count,))
     spread = math.sqrt(first * VARIANCE + 1 - first)
     start = math.sqrt(first) * MEAN + spread * normal
-    loop = quick_jit(functools.partial(denoise, schedule, predict))
+    loop = jax.jit(functools.partial(denoise, schedule, predict))
     got = np.asarray(loop(start, key=jax.random.key(6)), "float64")
     means, variances = moments(schedule)
     # Five standard errors. Noise that repeats itself would add up to another variance.
@@ -320,7 +320,7 @@ def test_bfloat16_is_computed_wide(scheduler):
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, wide.astype("bfloat16"))
     assert state.x0.dtype == jnp.float32
-    chain = quick_jit(functools.partial(denoise, schedule, lambda x, t: 0.5 * x))
+    chain = jax.jit(functools.partial(denoise, schedule, lambda x, t: 0.5 * x))
     whole = chain(x, key=jax.random.key(0))
     assert whole.dtype == jnp.bfloat16
 

@@ -13,7 +13,6 @@ from scipy import special, stats
 from support.model_oracle import model_row, moved
 from support.numpy_oracles import wide
 from support.quick import built, filled
-from support.quick import quick_filter_jit as quick
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -57,7 +56,7 @@ def turn() -> np.ndarray:
     return np.random.default_rng(8).standard_normal((D, D))
 
 
-features = quick(lambda model, tokens: model.features(tokens)[0])
+features = eqx.filter_jit(lambda model, tokens: model.features(tokens)[0])
 
 
 @functools.cache
@@ -119,7 +118,7 @@ def test_cross_entropy_of_documents(packed):
     tokens, ids = batch(packed)
     model = make()
     off = head(enabled=False)
-    loss, parts = quick(
+    loss, parts = eqx.filter_jit(
         lambda m, h: diffusion_language_loss(m, h, tokens, segment_ids=ids)
     )(model, off)
     want = cross_entropy(model, packed)
@@ -134,7 +133,7 @@ def test_what_the_head_is_trained_on(packed, build):
     tokens, ids = batch(packed)
     model, spy = build(), head(Spy, loss_weight=0.25)
 
-    @quick
+    @eqx.filter_jit
     def run(model, spy, tokens, ids):
         loss = diffusion_language_loss(
             model, spy, tokens, segment_ids=ids, key=jax.random.key(2)
@@ -156,7 +155,7 @@ def test_what_the_head_is_trained_on(packed, build):
     assert_close(parts["diffusion"], want, dtype="float32", length=100)
 
 
-@quick
+@eqx.filter_jit
 @functools.partial(eqx.filter_value_and_grad, has_aux=True)
 def slope(both, tokens, ids):
     return diffusion_language_loss(both[0], both[1], tokens, segment_ids=ids, key=KEY)
@@ -184,7 +183,7 @@ def test_nothing_to_predict():
 def test_gradients_reach_only_the_head_of_a_frozen_model(frozen):
     tokens, ids = batch(True)
 
-    @quick
+    @eqx.filter_jit
     @functools.partial(eqx.filter_value_and_grad, has_aux=True)
     def run(both):
         return diffusion_language_loss(
@@ -210,7 +209,7 @@ def test_the_table_is_no_moving_target():
         x, _, _ = Spy.seen.pop()
         return parts["diffusion"] - jnp.sum(x**2)
 
-    grads = quick(eqx.filter_grad(of_targets))(model)
+    grads = eqx.filter_jit(eqx.filter_grad(of_targets))(model)
     assert_close(
         grads.embedding.weight,
         np.zeros((VOCAB, D)),
@@ -233,7 +232,7 @@ def by_hand(model, prompt) -> list[int]:
     return tokens[len(prompt) :]
 
 
-@quick
+@eqx.filter_jit
 def generated(model, head, rows, **options):
     return diffusion_generate(model, head, rows, max_new_tokens=NEW, key=KEY, **options)
 
@@ -335,7 +334,7 @@ def test_an_adapter_learns_to_write():
     text = jnp.asarray([3**i % VOCAB for i in range(13)] * 2, "int32").reshape(2, 13)
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, steps))
 
-    @quick
+    @eqx.filter_jit
     def train(adapter, model):
         arrays, static = eqx.partition(adapter, eqx.is_inexact_array)
 
@@ -366,7 +365,9 @@ def test_an_adapter_learns_to_write():
     assert np.ptp(parts["cross_entropy"]) == 0, "the model stays as it is"
     assert parts["diffusion"][-50:].mean() < 0.5 * parts["diffusion"][:5].mean()
     first = jnp.asarray([[1], [3], [2], [6], [4], [5]] * 20, "int32")
-    write = quick(functools.partial(diffusion_generate, max_new_tokens=6, key=KEY))
+    write = eqx.filter_jit(
+        functools.partial(diffusion_generate, max_new_tokens=6, key=KEY)
+    )
     out = write(model, adapter, first)
     written = np.concatenate([first, out.tokens], axis=-1)
     right = written[:, 1:] == written[:, :-1] * 3 % VOCAB

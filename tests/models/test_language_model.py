@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
-from support.layer_cases import QUICK, packed_rows, seeds
+from support.layer_cases import packed_rows, seeds
 from support.model_oracle import blocks_of, model_row, moved
 from support.tolerances import assert_close
 
@@ -43,8 +43,7 @@ def make(scan=False, tied=True):
 
 
 def jit(function) -> Any:
-    quick: Any = eqx.filter_jit
-    return quick(function, compiler_options=QUICK)
+    return eqx.filter_jit(function)
 
 
 @functools.cache

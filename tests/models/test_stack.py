@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxtyping import Array, Float
-from support.layer_cases import QUICK
 from support.model_oracle import moved, stack_row
 from support.numpy_oracles import rms_norm
 from support.tolerances import assert_close
@@ -76,8 +75,7 @@ def random(*shape, seed=0):
 
 @functools.cache
 def jit(function) -> Any:
-    quick: Any = eqx.filter_jit
-    return quick(function, compiler_options=QUICK)
+    return eqx.filter_jit(function)
 
 
 def call(stack, x):

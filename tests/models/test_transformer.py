@@ -1,8 +1,5 @@
 """Transformer and hybrid language models against NumPy loops, full and cached."""
 
-import functools
-from typing import Any
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,13 +33,12 @@ from capibara_eqx.train import init_train_state, make_train_step
 
 VOCAB = 11
 KEY = jax.random.key(0)
-# Run on a handful of numbers: with little optimisation they compile in half the time.
-jit: Any = eqx.filter_jit
-quick = functools.partial(jit, compiler_options={"xla_backend_optimization_level": 0})
-call = quick(lambda model, tokens: model(tokens))
-prefill = quick(lambda model, tokens, cache: model.prefill(tokens, cache))
-step_by_one = quick(lambda model, token, cache: model.step(token, cache))
-report = quick(lambda model, tokens, ids: model.forward(tokens, segment_ids=ids).aux)
+call = eqx.filter_jit(lambda model, tokens: model(tokens))
+prefill = eqx.filter_jit(lambda model, tokens, cache: model.prefill(tokens, cache))
+step_by_one = eqx.filter_jit(lambda model, token, cache: model.step(token, cache))
+report = eqx.filter_jit(
+    lambda model, tokens, ids: model.forward(tokens, segment_ids=ids).aux
+)
 
 
 def hybrid() -> LanguageModel:
@@ -159,7 +155,7 @@ def test_the_residual_stream_does_not_grow_with_depth():
     def size(n_layers):
         model = transformer_language_model(64, 32, n_layers, 4, scan=True, key=KEY)
         x = jax.random.normal(jax.random.key(1), (4, 16, 32))
-        y, _ = quick(lambda stack, x: stack(x))(model.stack, x)
+        y, _ = eqx.filter_jit(lambda stack, x: stack(x))(model.stack, x)
         return float(jnp.mean((y - x) ** 2))
 
     # The variance that the blocks add is that of one block, whatever their number.

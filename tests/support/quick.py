@@ -1,4 +1,4 @@
-"""Few and quick compilations: outside `jit` every operation is compiled by itself."""
+"""Few compilations: outside `jit` every operation is compiled by itself."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def quick_filter_jit(function: Callable[..., Any]) -> Any:
-    """`eqx.filter_jit` with little optimisation of machine code, as in `quick_jit`."""
-    jit: Any = eqx.filter_jit
-    return jit(function, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def built(make: Callable[..., Any], *args: Any, key: jax.Array, **options: Any) -> Any:
     """`make(*args, **options, key=key)`, all of its random draws in one compilation."""
-    return quick_filter_jit(lambda key: make(*args, **options, key=key))(key)
+    return eqx.filter_jit(lambda key: make(*args, **options, key=key))(key)
 
 
 def filled(

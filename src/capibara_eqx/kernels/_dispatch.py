@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..internal import nearest
@@ -41,17 +41,7 @@ def dispatch(
         names = (implementation,)
     else:
         names = tuple(implementation)
-    if not names:
-        raise ValueError(
-            f"{operation}: `implementation` names no backend; choose from "
-            f"{', '.join(backends)}, or pass None for the default."
-        )
-    for name in names:
-        if name not in backends:
-            raise ValueError(
-                f"{operation}: unknown `implementation` {name!r}; choose from "
-                f"{', '.join(backends)}.{nearest(name, backends)}"
-            )
+    check_names(operation, names, backends)
     refusals = []
     for name in names:
         try:
@@ -62,3 +52,19 @@ def dispatch(
     if len(refusals) == 1:
         raise refusals[0]
     raise ExceptionGroup(f"{operation}: no implementation serves this case", refusals)
+
+
+def check_names(operation: str, names: Sequence[str], known: Iterable[str]) -> None:
+    """`ValueError` unless `names` has any, and all of them are known."""
+    known = tuple(known)
+    if not names:
+        raise ValueError(
+            f"{operation}: `implementation` names no backend; choose from "
+            f"{', '.join(known)}, or pass None for the default."
+        )
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"{operation}: unknown `implementation` {name!r}; choose from "
+                f"{', '.join(known)}.{nearest(name, known)}"
+            )

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 from . import _backends
 from ._attention import api as attention
 from ._causal_conv import api as causal_conv
+from ._dispatch import check_names
 from ._experts import api as experts
 from ._linear_recurrence import api as linear_recurrence
 from ._selective_scan import api as selective_scan
@@ -61,6 +62,36 @@ def implementations() -> list[Implementation]:
             for name, reason in reasons.items()
         ]
     return found
+
+
+def check_implementation(implementation: str | None, *operations: str) -> None:
+    """For a layer that keeps the name until it is called: is there one of that name?
+
+    **Arguments:**
+
+    - `implementation`: a name, or `None` for the default.
+    - `operations`: names of operations that will get it.
+
+    **Raises:**
+
+    `ValueError` if one of them has no such implementation; whether it can run here is
+    seen when it is called.
+
+    !!! example
+
+        ```python
+        check_implementation("reference", "selective_scan", "causal_conv")
+        ```
+    """
+    if implementation is None:
+        return
+    if not isinstance(implementation, str):
+        raise ValueError(
+            "`implementation` of a layer must be one name, or None for the default; "
+            f"got {implementation!r}."
+        )
+    for operation in operations:
+        check_names(operation, (implementation,), _OPERATIONS[operation].BACKENDS)
 
 
 def _reason(api: Any, name: str) -> str | None:

@@ -5,6 +5,7 @@ import jax
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import check_positive, check_probability, check_size
+from ..kernels import check_implementation
 from ._attention_base import AbstractAttention, check_heads, split_heads
 from ._attention_mode import AttentionMode
 from ._dropout import Dropout
@@ -102,7 +103,8 @@ class Attention(AbstractAttention):
         **Raises:**
 
         `ValueError` for sizes that are not positive or cannot be divided, an odd
-        `head_dim` with rotary positions, or a `dropout_p` outside [0, 1].
+        `head_dim` with rotary positions, a `dropout_p` outside [0, 1], or an unknown
+        `implementation`.
         """
         check_size("d_model", d_model)
         whole = {} if head_dim is not None else {"d_model": d_model}
@@ -110,7 +112,9 @@ class Attention(AbstractAttention):
         head_dim = d_model // n_heads if head_dim is None else head_dim
         check_size("head_dim", head_dim)
         check_probability("dropout_p", dropout_p)
+        check_implementation(implementation, "attention")
         check_positive("rope_base", rope_base)
+        check_positive("eps", eps)
         if window is not None:
             check_size("window", window)
         if rope_enabled:

@@ -15,7 +15,7 @@ from ..internal import (
     segment_starts,
     zero_padding,
 )
-from ..kernels import causal_conv
+from ..kernels import causal_conv, check_implementation
 from ._activation import activate, check_activation
 from ._cache import advance_segment, check_cache, fresh_segment
 from ._mixer import AbstractSequenceMixer
@@ -103,7 +103,8 @@ class Conv1DBlock(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for sizes that are not positive, `groups` that do not divide the
-        channels, an unknown norm or activation, a residual between unequal widths.
+        channels, an unknown norm, activation or implementation, a residual between
+        unequal widths.
         """
         sizes = {
             "in_channels": in_channels,
@@ -128,6 +129,7 @@ class Conv1DBlock(AbstractSequenceMixer):
             check_choice("norm", norm, _NORMS)
         if activation is not None:
             check_activation(activation)
+        check_implementation(implementation, "causal_conv")
         weight_key, bias_key = jax.random.split(key)
         dtype = jnp.float32 if dtype is None else dtype
         fan_in = in_channels // groups * kernel_size

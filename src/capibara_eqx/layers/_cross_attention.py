@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
 from ..internal import check_probability, check_sequence, check_size
-from ..kernels import attention
+from ..kernels import attention, check_implementation
 from ._attention_base import check_heads, dropping, joined, split_heads
 from ._dropout import Dropout
 from ._linear import Linear
@@ -68,8 +68,8 @@ class CrossAttention(eqx.Module):
 
         **Raises:**
 
-        `ValueError` for sizes that are not positive or cannot be divided, or a
-        `dropout_p` outside [0, 1].
+        `ValueError` for sizes that are not positive or cannot be divided, a
+        `dropout_p` outside [0, 1], or an unknown `implementation`.
         """
         check_size("d_model", d_model)
         whole = {} if head_dim is not None else {"d_model": d_model}
@@ -79,6 +79,7 @@ class CrossAttention(eqx.Module):
         d_context = d_model if d_context is None else d_context
         check_size("d_context", d_context)
         check_probability("dropout_p", dropout_p)
+        check_implementation(implementation, "attention")
         keys = jax.random.split(key, 4)
         inner, kv_inner = n_heads * head_dim, n_kv_heads * head_dim
         self.q_proj = Linear(d_model, inner, use_bias, dtype, key=keys[0])

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import accumulate, check_positive, check_probability, check_size
+from ..kernels import check_implementation
 from ._attention_base import AbstractAttention, check_heads, split_heads
 from ._attention_mode import AttentionMode
 from ._dropout import Dropout
@@ -100,14 +101,15 @@ class DecoupledAttention(AbstractAttention):
         **Raises:**
 
         `ValueError` for sizes that are not positive or no multiples of `n_heads`, an
-        odd geometric width a head with rotary positions, or a `dropout_p` outside
-        [0, 1].
+        odd geometric width a head with rotary positions, a `dropout_p` outside [0, 1],
+        or an unknown `implementation`.
         """
         check_size("d_model", d_model)
         v_dim = sem_dim + geo_dim if v_dim is None else v_dim
         widths = {"sem_dim": sem_dim, "geo_dim": geo_dim, "v_dim": v_dim}
         n_kv_heads = check_heads(n_heads, n_kv_heads, widths)
         check_probability("dropout_p", dropout_p)
+        check_implementation(implementation, "attention")
         check_positive("rope_base", rope_base)
         if window is not None:
             check_size("window", window)

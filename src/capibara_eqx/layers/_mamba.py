@@ -19,7 +19,7 @@ from ..internal import (
     segment_starts,
     zero_padding,
 )
-from ..kernels import selective_scan
+from ..kernels import check_implementation, selective_scan
 from ._activation import check_activation
 from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
@@ -128,7 +128,7 @@ class Mamba(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for sizes that are not positive, `dt_min > dt_max`, or an unknown
-        `dt_rank`, `dt_init` or `activation`.
+        `dt_rank`, `dt_init`, `activation` or `implementation`.
         """
         sizes = {
             "d_model": d_model,
@@ -153,6 +153,7 @@ class Mamba(AbstractSequenceMixer):
         check_size("dt_rank", dt_rank)
         check_choice("dt_init", dt_init, ("random", "constant"))
         check_activation(activation)
+        check_implementation(implementation, "selective_scan", "causal_conv")
 
         in_key, conv_key, x_key, dt_key, out_key = jax.random.split(key, 5)
         d_inner = expand * d_model

@@ -14,7 +14,7 @@ from ..internal import (
     check_range,
     check_size,
 )
-from ..kernels import experts
+from ..kernels import check_implementation, experts
 from ._glu import GATES, GLU, check_gate
 from ._linear import Linear
 from ._router import SCORES, Routing, route
@@ -118,8 +118,8 @@ class MoE(eqx.Module):
         **Raises:**
 
         `ValueError` for sizes that are not positive, a `top_k` above `num_experts`, an
-        unknown `activation` or `score`, or a `capacity_factor` that is not positive or
-        does not fit the `implementation`.
+        unknown `activation`, `score` or `implementation`, or a `capacity_factor` that
+        is not positive or does not fit the `implementation`.
         """
         sizes = {
             "d_model": d_model,
@@ -138,6 +138,7 @@ class MoE(eqx.Module):
             )
         check_gate(activation)
         check_choice("score", score, SCORES)
+        check_implementation(implementation, "experts")
         _check_capacity(capacity_factor, implementation)
 
         dtype = jnp.float32 if dtype is None else dtype
