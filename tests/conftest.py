@@ -4,6 +4,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 
@@ -15,9 +16,19 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Whether everything compiles as users compile it, as in `make test-all`.
+OPTIMISED = "CAPIBARA_TEST_OPTIMISED" in os.environ
+# XLA's older way to fuse operations compiles in two thirds of the time. jaxlib 0.12 has
+# forgotten it, and an unknown flag ends the process.
+OLD_FUSION = "--xla_cpu_use_fusion_emitters=false"
+HAS_OLD_FUSION = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 # Two devices, for what is sharded; everything else runs on the first.
 os.environ["XLA_FLAGS"] = " ".join(
-    (os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=2")
+    (
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=2",
+        *([OLD_FUSION] if HAS_OLD_FUSION and not OPTIMISED else []),
+    )
 )
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One worker a core, so one compute thread a worker: NPROC sizes XLA's pool.
@@ -60,7 +71,7 @@ def room_for_compiled_functions() -> Iterator[None]:
         gc.collect()
 
 
-# Layers and models are put together of what is tested as users compile it elsewhere.
+# Layers and models are put together of kernels, whose values are tested by themselves.
 # Here it counts what is computed, once and on a handful of numbers; without the
 # optimiser of machine code that compiles in two thirds of the time.
 UNOPTIMISED = ("interop", "layers", "models")
@@ -69,8 +80,8 @@ UNOPTIMISED = ("interop", "layers", "models")
 @pytest.fixture(autouse=True, scope="module")
 def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
     folder = request.path.relative_to(ROOT / "tests").parts[0]
-    quick = folder in UNOPTIMISED and "CAPIBARA_TEST_OPTIMISED" not in os.environ
-    jax.config.update("jax_disable_most_optimizations", quick)
+    plain = folder in UNOPTIMISED and not OPTIMISED
+    jax.config.update("jax_disable_most_optimizations", plain)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 
