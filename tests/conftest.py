@@ -79,8 +79,7 @@ UNOPTIMISED = ("interop", "layers", "models")
 
 @pytest.fixture(autouse=True, scope="module")
 def optimisation(request: pytest.FixtureRequest) -> Iterator[None]:
-    folder = request.path.relative_to(ROOT / "tests").parts[0]
-    plain = folder in UNOPTIMISED and not OPTIMISED
+    plain = request.path.parent.name in UNOPTIMISED and not OPTIMISED
     jax.config.update("jax_disable_most_optimizations", plain)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
