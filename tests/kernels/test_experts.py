@@ -266,12 +266,18 @@ def _fixed():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("rows", [1, 200])
-def test_grouped_products_of_every_platform(rows, dtype):
-    """What runs on a GPU or a TPU, and what runs on a CPU, against a loop."""
+@pytest.mark.parametrize(
+    ("rows", "crowd"), [(1, 0.0), (200, 0.0), (200, 0.7), (9, 1.0)]
+)
+def test_grouped_products_of_every_platform(rows, crowd, dtype):
+    """What runs on a GPU or a TPU, and what runs on a CPU, against a loop.
+
+    A part of the rows crowds into one group, above what the others may have.
+    """
     rng = np.random.default_rng(rows)
-    group = jnp.asarray(rng.integers(-1, 6, rows), "int32")
     groups, d_in, d_out = 5, 3, 4
+    group = rng.integers(-1, groups + 1, rows)
+    group = jnp.asarray(np.where(rng.random(rows) < crowd, 2, group), "int32")
     left = jnp.asarray(rng.standard_normal((rows, d_in)), dtype)
     right = jnp.asarray(rng.standard_normal((rows, d_out)), dtype)
     stacked = jnp.asarray(rng.standard_normal((groups, d_out, d_in)), dtype)
