@@ -336,5 +336,6 @@ def test_a_stream_longer_than_the_learned_positions_is_an_error():
     longer = jnp.zeros((2 * LONGEST,), "int32")
     ids = jnp.arange(2 * LONGEST, dtype=jnp.int32) // LONGEST
     assert np.all(np.isfinite(packed()(layer, longer, ids)))
-    with pytest.raises(RuntimeError, match="LearnedPositions"):
+    # jax 0.7 may notice outside of Equinox's reach, which makes it a ValueError.
+    with pytest.raises((RuntimeError, ValueError), match="LearnedPositions"):
         jax.block_until_ready(packed()(layer, longer, jnp.zeros_like(ids)))
