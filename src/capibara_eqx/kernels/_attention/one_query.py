@@ -17,8 +17,7 @@ def attention(
     """`kernels.attention` of a single query, which is bound by reading the keys.
 
     Products are sums of products here, which XLA computes where the keys lie; for a
-    product of matrices it would first copy all of them into another order (measured
-    on a CPU: that copy took twice the time of all the rest).
+    product of matrices it would first copy all of them into another order.
     """
     if query.shape[-3] != 1 or dropping is not None:
         raise NotImplementedError("takes one query and no dropout; use 'blockwise'")
