@@ -16,8 +16,9 @@ from ._order import by_expert, rows_at
 # longer.
 _LEAST, _MOST = 16, 64
 
-# Operands that are widened before a product, where that costs nothing: jaxlib 0.7.2
-# crashes at some tiny ones in bfloat16, such as 9 rows of 4 with 4 x 3.
+# Up to this product of their sizes operands are widened first, which costs nothing
+# there: jaxlib 0.7.2 crashes at some tiny products in bfloat16, such as 9 rows of 4
+# with 4 x 3.
 _TINY = 2**14
 
 
@@ -109,8 +110,9 @@ def outer(
     """The grouped outer product as a batched one, and a loop over what remains.
 
     The batched product has half as many places again as a group has rows on average;
-    what finds none is added by blocks of rows of one group each. Measured on CPU with
-    32 rows an expert of 768 x 64: 2 ms, by blocks alone 4 to 5.
+    what finds none is added by blocks of rows of one group each. With 32 rows an
+    expert of 768 x 64 the experts take 23 ms forward and backward so, 30 by blocks
+    alone.
     """
     rows = left.shape[0]
     places = -(-3 * rows // (2 * groups))
