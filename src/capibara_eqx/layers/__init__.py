@@ -12,6 +12,11 @@ from ._dropout import Dropout as Dropout
 from ._embedding import Embedding as Embedding
 from ._glu import GLU as GLU
 from ._glu import SwiGLU as SwiGLU
+from ._hippo import HippoDiagonal as HippoDiagonal
+from ._hippo import HippoMatrices as HippoMatrices
+from ._hippo import hippo_diagonal as hippo_diagonal
+from ._hippo import hippo_initialization as hippo_initialization
+from ._hippo import hippo_matrices as hippo_matrices
 from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
 from ._mamba import Mamba as Mamba
