@@ -82,15 +82,14 @@ class _Tokens(NamedTuple):
     reset: Bool[Array, "row seq"] | None
 
 
-# The axes of a token that count what is multiplied apart, groups and their heads.
-_APART = _Tokens(2, 2, 2, 1, 1, 0)
+# How many axes of each count what is multiplied apart: groups and their heads.
+_APART = (2, 2, 2, 1, 1, 0)
 
 
 def _entering(tokens):
     """The first token, in shapes that broadcast to that of the state."""
-    x, log_decay, coefficient, B, C, reset = (
-        None if v is None else v[:, 0] for v in tokens
-    )
+    first = jax.tree.map(lambda v: v[:, 0], tokens)
+    x, log_decay, coefficient, B, C, reset = first
     yield x[..., None]
     for v in (log_decay, coefficient):
         yield None if v is None else v[..., None, None]
