@@ -23,7 +23,11 @@ def ssd(
     if x.ndim > 3:
         # One row at a time, so that this form has no batch axis to get wrong.
         rows = (x, log_decay, B, C, coefficient, initial_state, reset)
-        return jax.vmap(lambda *row: ssd(*row, chunk_size))(*rows)
+        return jax.vmap(
+            lambda x, log_decay, B, C, coefficient, h, reset: ssd(
+                x, log_decay, B, C, coefficient, h, reset, chunk_size
+            )
+        )(*rows)
     dtype = accumulator_dtype(x.dtype, log_decay.dtype, B.dtype, C.dtype)
     for optional in (coefficient, initial_state):
         if optional is not None:
