@@ -17,6 +17,8 @@ from ._hippo import HippoMatrices as HippoMatrices
 from ._hippo import hippo_diagonal as hippo_diagonal
 from ._hippo import hippo_initialization as hippo_initialization
 from ._hippo import hippo_matrices as hippo_matrices
+from ._hybrid_ssm import HybridCache as HybridCache
+from ._hybrid_ssm import HybridSSM as HybridSSM
 from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
 from ._mamba import Mamba as Mamba

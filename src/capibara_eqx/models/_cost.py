@@ -14,6 +14,7 @@ from ..layers import (
     Conv1DBlock,
     Dropout,
     Embedding,
+    HybridSSM,
     LayerNorm,
     Linear,
     Mamba,
@@ -118,6 +119,8 @@ def _flops(layer: Any, max_len: int | None) -> int:
             return sum(_flops(part, max_len) for part in parts)
         case AbstractAttention():
             return _attention(layer, max_len)
+        case HybridSSM():
+            return _hybrid(layer, max_len)
     for kind, formula in _FORMULAS.items():
         if isinstance(layer, kind):
             return formula(layer)
@@ -160,6 +163,16 @@ def _attention(layer: AbstractAttention, max_len: int | None) -> int:
     cache = eqx.filter_eval_shape(layer.init_cache, max_len=max_len)
     (_, d), (_, v) = layer.cached_shapes
     return maps + layer.n_heads * cache.slots * (2 * d + 2 * v + 5)
+
+
+def _hybrid(layer: HybridSSM, max_len: int | None) -> int:
+    cache = layer.init_cache  # A switch has work in the branch of its cache alone.
+    cache = eqx.filter_eval_shape(cache, max_len=max_len)
+    branches = ((layer.ssm, cache.ssm), (layer.attention, cache.attention))
+    work = sum(_flops(part, max_len) for part, held in branches if held is not None)
+    return (
+        work if layer.gate is None else work + _linear(layer.gate) + 4 * layer.d_model
+    )
 
 
 _FORMULAS: dict[type, Callable[[Any], int]] = {
