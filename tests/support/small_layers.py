@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from capibara_eqx.layers import Attention, Conv1DBlock, HybridSSM, Mamba
+from capibara_eqx.layers import Attention, Conv1DBlock, HybridSSM, Mamba, UltraSSM
 
 
 def hybrid(*, key, mode: str = "mix", **options: Any) -> HybridSSM:
@@ -24,3 +24,14 @@ def hybrid_of_convolutions(*, key) -> HybridSSM:
     ssm = Conv1DBlock(3, 3, 2, groups=3, key=ssm_key)
     attention = Conv1DBlock(3, 3, 3, dilation=2, activation="gelu", key=attention_key)
     return HybridSSM(3, mode="mix", ssm=ssm, attention=attention, key=key)
+
+
+def ultra(inside: str = "conv", *, key, **options: Any) -> UltraSSM:
+    """Chunks that are shorter than a row and do not divide it."""
+    mixer_key, key = jax.random.split(key)
+    if inside == "conv":
+        mixer = Conv1DBlock(3, 3, 3, groups=3, key=mixer_key)
+    else:
+        mixer = Mamba(3, 2, d_conv=2, key=mixer_key)
+    some = {"d_ff": 4, "compute_dtype": None, "remat": True, "chunk_size": 4}
+    return UltraSSM(mixer, 3, **(some | options), key=key)

@@ -23,6 +23,7 @@ from ..layers import (
     RMSNorm,
     SwiGLU,
     TokenEmbedding,
+    UltraSSM,
 )
 from ._block import ResidualBlock
 from ._language_model import LanguageModel
@@ -113,10 +114,10 @@ def _flops(layer: Any, max_len: int | None) -> int:
         case ResidualBlock():
             parts = (layer.norm, layer.mixer)
             return sum(_flops(part, max_len) for part in parts)
-        case TransformerBlock():
+        case TransformerBlock() | UltraSSM():
             mixing = (layer.mixer_norm, layer.mixer)
             parts = (*mixing, layer.feed_forward_norm, layer.feed_forward)
-            return sum(_flops(part, max_len) for part in parts)
+            return sum(_flops(part, max_len) for part in parts if part is not None)
         case AbstractAttention():
             return _attention(layer, max_len)
         case HybridSSM():
