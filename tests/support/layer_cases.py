@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from support.small_layers import hybrid, hybrid_of_convolutions, ultra
+from support.small_layers import bidirectional, hybrid, hybrid_of_convolutions, ultra
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -190,6 +190,7 @@ CASES = (
         terms=20,
     ),
     Case("hybrid_mix", hybrid_of_convolutions, 3, 20),
+    Case("bidirectional", bidirectional, 3, 20, mixer=False, axes=(LENGTH,)),
     Case("ultra", ultra, 3, 40, padding="input"),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     # The rest differs from the ones above in a value or two.

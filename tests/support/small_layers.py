@@ -4,7 +4,14 @@ from typing import Any
 
 import jax
 
-from capibara_eqx.layers import Attention, Conv1DBlock, HybridSSM, Mamba, UltraSSM
+from capibara_eqx.layers import (
+    Attention,
+    Bidirectional,
+    Conv1DBlock,
+    HybridSSM,
+    Mamba,
+    UltraSSM,
+)
 
 
 def hybrid(*, key, mode: str = "mix", **options: Any) -> HybridSSM:
@@ -35,3 +42,11 @@ def ultra(inside: str = "conv", *, key, **options: Any) -> UltraSSM:
         mixer = Mamba(3, 2, d_conv=2, key=mixer_key)
     some = {"d_ff": 4, "compute_dtype": None, "remat": True, "chunk_size": 4}
     return UltraSSM(mixer, 3, **(some | options), key=key)
+
+
+def bidirectional(*, key, merge: str = "gate") -> Bidirectional:
+    """Two mixers of different reach."""
+    forward_key, reverse_key, key = jax.random.split(key, 3)
+    forward = Conv1DBlock(3, 3, 3, key=forward_key)
+    reverse = Conv1DBlock(3, 3, 2, activation="gelu", key=reverse_key)
+    return Bidirectional(forward, reverse, 3, merge, key=key)

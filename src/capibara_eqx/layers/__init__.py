@@ -1,6 +1,7 @@
 from ._attention import Attention as Attention
 from ._attention_base import AbstractAttention as AbstractAttention
 from ._attention_mode import AttentionMode as AttentionMode
+from ._bidirectional import Bidirectional as Bidirectional
 from ._byte_embedding import ByteEmbedding as ByteEmbedding
 from ._compute_dtype import cast_for_compute as cast_for_compute
 from ._conv1d_block import Conv1DBlock as Conv1DBlock
