@@ -26,6 +26,7 @@ PUBLIC = {
 RESULTS = (
     "Conv1DCache",
     "EmbeddingCache",
+    "HybridCache",
     "KVCache",
     "MambaCache",
     "Cost",

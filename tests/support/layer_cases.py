@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from support.small_layers import bidirectional, hybrid, hybrid_of_convolutions, ultra
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -191,6 +192,9 @@ CASES = (
         width=4,
         terms=20,
     ),
+    Case("hybrid_mix", hybrid_of_convolutions, 3, 20),
+    Case("bidirectional", bidirectional, 3, 20, mixer=False, axes=(LENGTH,)),
+    Case("ultra", ultra, 3, 40, padding="input"),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     # The rest differs from the ones above in a value or two.
     Case(
@@ -243,6 +247,9 @@ CASES = (
         slow=True,
     ),
     Case("model_hybrid", _hybrid_model, **_MODEL, slow=True),
+    Case("hybrid_mamba_attention", hybrid, 4, 60, slow=True),
+    Case("ultra_mamba", partial(ultra, "mamba"), 3, 60, padding="input", slow=True),
+    Case("hybrid_ssm", partial(hybrid, use_transformer=False), 4, 60, slow=True),
     Case("attention_ring", partial(Attention, 3, 1, window=3), 3, 20, slow=True),
     Case("attention_plain", partial(Attention, 3, 3), 3, 20, slow=True),
     Case(

@@ -1,7 +1,9 @@
 from ._attention import Attention as Attention
 from ._attention_base import AbstractAttention as AbstractAttention
 from ._attention_mode import AttentionMode as AttentionMode
+from ._bidirectional import Bidirectional as Bidirectional
 from ._byte_embedding import ByteEmbedding as ByteEmbedding
+from ._compute_dtype import cast_for_compute as cast_for_compute
 from ._conv1d_block import Conv1DBlock as Conv1DBlock
 from ._conv1d_block import Conv1DCache as Conv1DCache
 from ._cross_attention import CrossAttention as CrossAttention
@@ -18,6 +20,8 @@ from ._hippo import HippoMatrices as HippoMatrices
 from ._hippo import hippo_diagonal as hippo_diagonal
 from ._hippo import hippo_initialization as hippo_initialization
 from ._hippo import hippo_matrices as hippo_matrices
+from ._hybrid_ssm import HybridCache as HybridCache
+from ._hybrid_ssm import HybridSSM as HybridSSM
 from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
 from ._mamba import Mamba as Mamba
@@ -52,4 +56,5 @@ from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
+from ._ultra_ssm import UltraSSM as UltraSSM
 from ._weight_decay import weight_decay_mask as weight_decay_mask

@@ -15,6 +15,7 @@ from ..layers import (
     Dropout,
     Embedding,
     GatedRMSNorm,
+    HybridSSM,
     LayerNorm,
     Linear,
     Mamba,
@@ -24,6 +25,7 @@ from ..layers import (
     RMSNorm,
     SwiGLU,
     TokenEmbedding,
+    UltraSSM,
 )
 from ._block import ResidualBlock
 from ._language_model import LanguageModel
@@ -115,12 +117,14 @@ def _flops(layer: Any, max_len: int | None) -> int:
         case ResidualBlock():
             parts = (layer.norm, layer.mixer)
             return sum(_flops(part, max_len) for part in parts)
-        case TransformerBlock():
+        case TransformerBlock() | UltraSSM():
             mixing = (layer.mixer_norm, layer.mixer)
             parts = (*mixing, layer.feed_forward_norm, layer.feed_forward)
-            return sum(_flops(part, max_len) for part in parts)
+            return sum(_flops(part, max_len) for part in parts if part is not None)
         case AbstractAttention():
             return _attention(layer, max_len)
+        case HybridSSM():
+            return _hybrid(layer, max_len)
     for kind, formula in _FORMULAS.items():
         if isinstance(layer, kind):
             return formula(layer)
@@ -169,6 +173,16 @@ def _attention(layer: AbstractAttention, max_len: int | None) -> int:
     cache = eqx.filter_eval_shape(layer.init_cache, max_len=max_len)
     (_, d), (_, v) = layer.cached_shapes
     return maps + layer.n_heads * cache.slots * (2 * d + 2 * v + 5)
+
+
+def _hybrid(layer: HybridSSM, max_len: int | None) -> int:
+    cache = layer.init_cache  # A switch has work in the branch of its cache alone.
+    cache = eqx.filter_eval_shape(cache, max_len=max_len)
+    branches = ((layer.ssm, cache.ssm), (layer.attention, cache.attention))
+    work = sum(_flops(part, max_len) for part, held in branches if held is not None)
+    return (
+        work if layer.gate is None else work + _linear(layer.gate) + 4 * layer.d_model
+    )
 
 
 _FORMULAS: dict[type, Callable[[Any], int]] = {
