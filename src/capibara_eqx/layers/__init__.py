@@ -2,6 +2,7 @@ from ._attention import Attention as Attention
 from ._attention_base import AbstractAttention as AbstractAttention
 from ._attention_mode import AttentionMode as AttentionMode
 from ._byte_embedding import ByteEmbedding as ByteEmbedding
+from ._causal_conv import causal_conv as causal_conv
 from ._conv1d_block import Conv1DBlock as Conv1DBlock
 from ._conv1d_block import Conv1DCache as Conv1DCache
 from ._cross_attention import CrossAttention as CrossAttention
@@ -19,6 +20,8 @@ from ._hippo import hippo_initialization as hippo_initialization
 from ._hippo import hippo_matrices as hippo_matrices
 from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
+from ._linear_ssm import LinearSSM as LinearSSM
+from ._linear_ssm import LinearSSMCache as LinearSSMCache
 from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
 from ._mixer import AbstractAux as AbstractAux
@@ -47,6 +50,7 @@ from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
+from ._ssm_step import ssm_step as ssm_step
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
 from ._weight_decay import weight_decay_mask as weight_decay_mask

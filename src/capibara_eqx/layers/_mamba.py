@@ -25,6 +25,7 @@ from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._linear import Linear
 from ._mixer import AbstractSequenceMixer
+from ._step_size import check_step_sizes
 
 
 # Padding is read with this step size before softplus. It is far below where exp
@@ -138,14 +139,8 @@ class Mamba(AbstractSequenceMixer):
         }
         for name, value in sizes.items():
             check_size(name, value)
-        steps = {"dt_min": dt_min, "dt_max": dt_max, "dt_scale": dt_scale}
-        for name, value in steps.items():
-            check_positive(name, value)
-        if dt_min > dt_max:
-            raise ValueError(
-                "`dt_min` must not be greater than `dt_max`, got "
-                f"dt_min={dt_min} and dt_max={dt_max}. Are they swapped?"
-            )
+        check_step_sizes(dt_min, dt_max)
+        check_positive("dt_scale", dt_scale)
         check_range("dt_init_floor", dt_init_floor, least=0, hint="0 sets none.")
         if isinstance(dt_rank, str):
             check_choice("dt_rank", dt_rank, ("auto",))

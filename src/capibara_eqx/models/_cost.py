@@ -16,6 +16,7 @@ from ..layers import (
     Embedding,
     LayerNorm,
     Linear,
+    LinearSSM,
     Mamba,
     MoE,
     PatchEmbedding,
@@ -47,8 +48,9 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; norms as
-    four a channel. Of a mixture of experts the router, the shared expert and the
+    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; the
+    products of `LinearSSM`, not its discretisation, of which there is one a call; norms
+    as four a channel. Of a mixture of experts the router, the shared expert and the
     `top_k` experts that a token takes are counted, though all have parameters and some
     implementations compute all; attention as its four or more maps, two products a
     score and five operations for its softmax, with `max_len` tokens in view, or as many
@@ -143,6 +145,12 @@ def _mamba(layer: Mamba) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + scan
 
 
+def _linear_ssm(layer: LinearSSM) -> int:
+    matrices = (layer.A, layer.B, layer.C, layer.D)
+    residual = 0 if layer.residual_proj is None else _linear(layer.residual_proj)
+    return _conv(layer.conv) + 2 * sum(m.size for m in matrices) + residual
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -172,6 +180,7 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     RMSNorm: lambda layer: 4 * layer.d_model,
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
+    LinearSSM: _linear_ssm,
     Mamba: _mamba,
     GLU: _gated,
     SwiGLU: _gated,
