@@ -32,6 +32,7 @@ RESULTS = (
     "LinearSSMCache",
     "KVCache",
     "MambaCache",
+    "S5Cache",
     "Cost",
     "Generation",
     "ModelCache",

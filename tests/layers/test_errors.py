@@ -9,6 +9,7 @@ import pytest
 from support.messages import refused
 
 from capibara_eqx.layers import (
+    S5,
     Conv1DBlock,
     Dropout,
     Embedding,
@@ -34,6 +35,7 @@ conv = builder(Conv1DBlock, in_channels=4, out_channels=4, kernel_size=3)
 linear_ssm = builder(
     LinearSSM, input_dim=4, output_dim=4, state_dim=3, dropout_rate=0.0
 )
+s5 = builder(S5, d_model=4, d_state=6)
 linear = builder(Linear, in_features=4, out_features=3)
 embedding = builder(Embedding, num_embeddings=5, embedding_size=3)
 
@@ -42,7 +44,7 @@ def zeros(*shape, dtype="float32"):
     return jnp.zeros(shape, dtype)
 
 
-MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "LinearSSM": linear_ssm}
+MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "LinearSSM": linear_ssm, "S5": s5}
 both = pytest.mark.parametrize("layer", MIXERS)
 
 # constructor, argument, wrong values
@@ -67,6 +69,11 @@ SIZES = [
     (linear_ssm, "conv_dim", [0, -1]),
     (linear_ssm, "dt_min", [0.0, float("nan")]),
     (linear_ssm, "dt_max", [-0.1, float("inf")]),
+    (s5, "d_model", [0, 1.5]),
+    (s5, "d_state", [0, -2]),
+    (s5, "blocks", [0, "2"]),
+    (s5, "dt_min", [0.0, float("nan")]),
+    (s5, "dt_max", [-0.1, float("inf")]),
     (linear, "in_features", [0, -1]),
     (linear, "out_features", [0, -1]),
     (embedding, "num_embeddings", [0, -1]),
@@ -111,6 +118,13 @@ CHOICES = [
     (linear_ssm, {"discretization": "zho"}, ["discretization", "Did you mean 'zoh'"]),
     (linear_ssm, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
     (linear_ssm, {"dropout_rate": 1.5}, ["`dropout_rate`", "1.5", "between 0 and 1"]),
+    (s5, {"dt_min": 0.2, "dt_max": 0.1}, ["dt_min", "dt_max", "swapped"]),
+    (s5, {"d_state": 5}, ["`d_state`", "even", "d_state=5", "multiple of 2"]),
+    (s5, {"blocks": 2}, ["`d_state`", "d_state=6 and blocks=2", "multiple of 4"]),
+    (s5, {"discretization": "euler"}, ["discretization", "'zoh', 'bilinear'"]),
+    (s5, {"C_init": "lecun_norm"}, ["C_init", "Did you mean 'lecun_normal'"]),
+    (s5, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
+    (s5, {"dropout_rate": -0.5}, ["`dropout_rate`", "-0.5", "between 0 and 1"]),
     (Dropout, {"p": 1.5}, ["`p`", "1.5", "between 0 and 1"]),
     (Dropout, {"p": -0.1}, ["`p`", "-0.1", "between 0 and 1"]),
 ]
@@ -216,6 +230,8 @@ def test_a_cache_of_other_batch_axes(layer, batch):
         (conv(), conv(in_channels=8)),
         (linear_ssm(), linear_ssm(state_dim=5)),
         (linear_ssm(), linear_ssm(conv_dim=2)),
+        (s5(), s5(d_state=8)),
+        (s5(), linear_ssm()),
         (mamba(), conv()),
         (conv(), mamba()),
     ],
@@ -266,10 +282,14 @@ def test_dropout_without_a_key():
         Dropout(0.5)(zeros(3))
 
 
-def test_a_state_space_that_drops_needs_a_key():
-    layer = linear_ssm(dropout_rate=0.1)
+@pytest.mark.parametrize("build", [linear_ssm, s5], ids=["LinearSSM", "S5"])
+def test_a_state_space_that_drops_needs_a_key(build):
     with refused("Dropout", "`key`", "inference_mode"):
-        layer(zeros(5, 4))
+        build(dropout_rate=0.1)(zeros(5, 4))
+
+
+def test_forward_that_drops_needs_a_key():
+    layer = linear_ssm(dropout_rate=0.1)
     with refused("Dropout", "`key`", "inference_mode"):
         layer.forward(zeros(2, 5, 4))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from support.quick import filled
 
-from capibara_eqx.layers import LinearSSM
+from capibara_eqx.layers import S5, LinearSSM
 from capibara_eqx.models import LanguageModel, ResidualBlock, model_cost
 
 
@@ -16,6 +16,7 @@ from capibara_eqx.models import LanguageModel, ResidualBlock, model_cost
 of_shape = functools.partial(filled, seed=0, size=1.0)
 LAYERS = [
     of_shape(LinearSSM, 64, 64, 48, discretization="bilinear", implementation="xla"),
+    of_shape(S5, 64, 512),
 ]
 
 

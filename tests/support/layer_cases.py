@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from support import small_state_spaces
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -29,7 +30,6 @@ from capibara_eqx.layers import (
     Embedding,
     LayerNorm,
     Linear,
-    LinearSSM,
     Mamba,
     MoE,
     PatchEmbedding,
@@ -130,14 +130,6 @@ _EVERYTHING: dict[str, Any] = {
     "residual": True,
 }
 _ODD: dict[str, Any] = {"dt_rank": 2, "activation": "gelu", "bias": True}
-# An exponential of a matrix takes long to compile: it is left to the slow tests.
-_BILINEAR: dict[str, Any] = {"dropout_rate": 0.0, "discretization": "bilinear"}
-_LEGT: dict[str, Any] = {
-    "conv_dim": 1,
-    "dropout_rate": 0.0,
-    "measure": "legt",
-    "implementation": "reference",
-}
 _ATTENTION: dict[str, Any] = {
     "rope_enabled": True,
     "qk_norm": True,
@@ -190,7 +182,8 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
-    Case("linear_ssm", partial(LinearSSM, 3, 2, 4, 2, **_BILINEAR), 3, 40),
+    Case("linear_ssm", small_state_spaces.linear_ssm, 3, 40),
+    Case("s5", small_state_spaces.s5, 3, 40),
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",
@@ -224,7 +217,8 @@ CASES = (
         terms=20,
         slow=True,
     ),
-    Case("linear_ssm_legt", partial(LinearSSM, 3, 3, 2, **_LEGT), 3, 20, slow=True),
+    Case("linear_ssm_legt", small_state_spaces.linear_ssm_legt, 3, 20, slow=True),
+    Case("s5_bilinear", small_state_spaces.s5_bilinear, 2, 20, slow=True),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),
     Case(
         "stack_scanned",

@@ -46,6 +46,8 @@ from ._router import ExpertLoad as ExpertLoad
 from ._router import Routing as Routing
 from ._router import update_expert_load as update_expert_load
 from ._router import update_selection_bias as update_selection_bias
+from ._s5 import S5 as S5
+from ._s5 import S5Cache as S5Cache
 from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise

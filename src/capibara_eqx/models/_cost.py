@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ..layers import (
     GLU,
     MLP,
+    S5,
     AbstractAttention,
     ByteEmbedding,
     Conv1DBlock,
@@ -49,12 +50,12 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
     ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; the
-    products of `LinearSSM`, not its discretisation, of which there is one a call; norms
-    as four a channel. Of a mixture of experts the router, the shared expert and the
-    `top_k` experts that a token takes are counted, though all have parameters and some
-    implementations compute all; attention as its four or more maps, two products a
-    score and five operations for its softmax, with `max_len` tokens in view, or as many
-    as its window. Forward, one token.
+    products of `LinearSSM` and `S5`, not their discretisation, of which there is one a
+    call, and eight a complex state; norms as four a channel. Of a mixture of experts
+    the router, the shared expert and the `top_k` experts that a token takes are
+    counted, though all have parameters and some implementations compute all; attention
+    as its four or more maps, two products a score and five operations for its softmax,
+    with `max_len` tokens in view, or as many as its window. Forward, one token.
 
     **Arguments:**
 
@@ -151,6 +152,12 @@ def _linear_ssm(layer: LinearSSM) -> int:
     return _conv(layer.conv) + 2 * sum(m.size for m in matrices) + residual
 
 
+def _s5(layer: S5) -> int:
+    # Real inputs and outputs: two real products a complex weight.
+    maps = 2 * layer.B.size + 2 * layer.C.size
+    return maps + 8 * layer.half + _linear(layer.gate)
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -182,6 +189,7 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     Conv1DBlock: _conv,
     LinearSSM: _linear_ssm,
     Mamba: _mamba,
+    S5: _s5,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
