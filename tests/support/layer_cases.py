@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from support import small_state_spaces
 from support.small_layers import bidirectional, hybrid, hybrid_of_convolutions, ultra
 from support.tolerances import assert_close
 
@@ -185,6 +186,8 @@ CASES = (
     Case("mamba", partial(Mamba, 3), 3, 100),
     Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
     Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
+    Case("linear_ssm", small_state_spaces.linear_ssm, 3, 40),
+    Case("s5", small_state_spaces.s5, 3, 40),
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",
@@ -228,6 +231,8 @@ CASES = (
         terms=40,
         slow=True,
     ),
+    Case("linear_ssm_legt", small_state_spaces.linear_ssm_legt, 3, 20, slow=True),
+    Case("s5_bilinear", small_state_spaces.s5_bilinear, 2, 20, slow=True),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),
     Case(
         "stack_scanned",

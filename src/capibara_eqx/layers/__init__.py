@@ -3,6 +3,7 @@ from ._attention_base import AbstractAttention as AbstractAttention
 from ._attention_mode import AttentionMode as AttentionMode
 from ._bidirectional import Bidirectional as Bidirectional
 from ._byte_embedding import ByteEmbedding as ByteEmbedding
+from ._causal_conv import causal_conv as causal_conv
 from ._compute_dtype import cast_for_compute as cast_for_compute
 from ._conv1d_block import Conv1DBlock as Conv1DBlock
 from ._conv1d_block import Conv1DCache as Conv1DCache
@@ -24,6 +25,8 @@ from ._hybrid_ssm import HybridCache as HybridCache
 from ._hybrid_ssm import HybridSSM as HybridSSM
 from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
+from ._linear_ssm import LinearSSM as LinearSSM
+from ._linear_ssm import LinearSSMCache as LinearSSMCache
 from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
 from ._mamba2 import Mamba2 as Mamba2
@@ -50,10 +53,13 @@ from ._router import ExpertLoad as ExpertLoad
 from ._router import Routing as Routing
 from ._router import update_expert_load as update_expert_load
 from ._router import update_selection_bias as update_selection_bias
+from ._s5 import S5 as S5
+from ._s5 import S5Cache as S5Cache
 from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
+from ._ssm_step import ssm_step as ssm_step
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
 from ._ultra_ssm import UltraSSM as UltraSSM

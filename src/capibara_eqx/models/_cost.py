@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ..layers import (
     GLU,
     MLP,
+    S5,
     AbstractAttention,
     ByteEmbedding,
     Conv1DBlock,
@@ -18,6 +19,7 @@ from ..layers import (
     HybridSSM,
     LayerNorm,
     Linear,
+    LinearSSM,
     Mamba,
     Mamba2,
     MoE,
@@ -52,12 +54,13 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
     ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
-    Mamba-2 as five a state, since its decays are one a head; norms as four a channel.
-    Of a mixture of experts the router, the shared expert and the `top_k` experts that a
-    token takes are counted, though all have parameters and some implementations compute
-    all; attention as its four or more maps, two products a score and five operations
-    for its softmax, with `max_len` tokens in view, or as many as its window. Forward,
-    one token.
+    Mamba-2 as five a state, since its decays are one a head; the products of
+    `LinearSSM` and `S5`, not their discretisation, of which there is one a call, and
+    eight a complex state; norms as four a channel. Of a mixture of experts the router,
+    the shared expert and the `top_k` experts that a token takes are counted, though all
+    have parameters and some implementations compute all; attention as its four or more
+    maps, two products a score and five operations for its softmax, with `max_len`
+    tokens in view, or as many as its window. Forward, one token.
 
     **Arguments:**
 
@@ -156,6 +159,18 @@ def _mamba2(layer: Mamba2) -> int:
     return maps + scan + _flops(layer.norm, None)
 
 
+def _linear_ssm(layer: LinearSSM) -> int:
+    matrices = (layer.A, layer.B, layer.C, layer.D)
+    residual = 0 if layer.residual_proj is None else _linear(layer.residual_proj)
+    return _conv(layer.conv) + 2 * sum(m.size for m in matrices) + residual
+
+
+def _s5(layer: S5) -> int:
+    # Real inputs and outputs: two real products a complex weight.
+    maps = 2 * layer.B.size + 2 * layer.C.size
+    return maps + 8 * layer.half + _linear(layer.gate)
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -196,8 +211,10 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
     GatedRMSNorm: lambda layer: 5 * layer.d_model,
+    LinearSSM: _linear_ssm,
     Mamba: _mamba,
     Mamba2: _mamba2,
+    S5: _s5,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
