@@ -21,6 +21,7 @@ from support.tolerances import assert_close
 from capibara_eqx.layers import (
     GLU,
     MLP,
+    S4D,
     Attention,
     ByteEmbedding,
     Conv1DBlock,
@@ -66,7 +67,8 @@ class Case:
     `remembers` is false for a mixer whose output depends on the current token alone.
     `axes` are those that a layer which is no mixer reads together. `roundings` is how
     often a value is rounded on its way through, between layers and between the parts of
-    one, if not 16 times in a mixer and twice in another layer.
+    one, if not 16 times in a mixer and twice in another layer. `exact` is false for a
+    mixer that reads a row by Fourier transforms, whose rounding reaches every token.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Case:
     remembers: bool = True
     axes: tuple[int, ...] = ()
     roundings: int | None = None
+    exact: bool = True
     slow: bool = False
 
     @property
@@ -133,6 +136,13 @@ _ATTENTION: dict[str, Any] = {
     "rope_enabled": True,
     "qk_norm": True,
     "use_bias": True,
+}
+# Steps that are large enough for the states to count.
+_STATE_SPACE: dict[str, Any] = {
+    "dt_min": 0.1,
+    "dt_max": 0.5,
+    "mode": "chunked",
+    "chunk_size": 4,
 }
 _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "any"}
 
@@ -189,6 +199,7 @@ CASES = (
         terms=20,
     ),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
+    Case("s4d", partial(S4D, 3, 4, **_STATE_SPACE), 3, 60),
     # The rest differs from the ones above in a value or two.
     Case(
         "conv_reference",
@@ -212,6 +223,21 @@ CASES = (
         partial(Mamba, 3, 2, 2, implementation="reference"),
         width=3,
         terms=20,
+        slow=True,
+    ),
+    Case(
+        "s4d_convolution",
+        partial(S4D, 3, 2, "inv", dt_min=0.1, chunk_size=2),
+        width=3,
+        terms=60,
+        exact=False,
+        slow=True,
+    ),
+    Case(
+        "s4d_recurrent",
+        partial(S4D, 2, 6, "legs", "bilinear", 0.1, 0.5, mode="recurrent"),
+        width=2,
+        terms=60,
         slow=True,
     ),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),

@@ -43,10 +43,12 @@ from ._router import ExpertLoad as ExpertLoad
 from ._router import Routing as Routing
 from ._router import update_expert_load as update_expert_load
 from ._router import update_selection_bias as update_selection_bias
+from ._s4d import S4D as S4D
 from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
+from ._state_space import StateSpaceCache as StateSpaceCache
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
 from ._weight_decay import weight_decay_mask as weight_decay_mask
