@@ -32,6 +32,7 @@ RESULTS = (
     "Generation",
     "ModelCache",
     "ModelOutput",
+    "StateSpaceCache",
 )
 
 

@@ -9,6 +9,7 @@ import pytest
 from support.messages import refused
 
 from capibara_eqx.layers import (
+    S4D,
     Conv1DBlock,
     Dropout,
     Embedding,
@@ -29,6 +30,7 @@ def builder(layer: Any, **defaults: Any) -> Any:
 
 
 mamba = builder(Mamba, d_model=4, d_state=3)
+s4d = builder(S4D, d_model=4, d_state=2)
 conv = builder(Conv1DBlock, in_channels=4, out_channels=4, kernel_size=3)
 linear = builder(Linear, in_features=4, out_features=3)
 embedding = builder(Embedding, num_embeddings=5, embedding_size=3)
@@ -38,8 +40,8 @@ def zeros(*shape, dtype="float32"):
     return jnp.zeros(shape, dtype)
 
 
-MIXERS = {"Mamba": mamba, "Conv1DBlock": conv}
-both = pytest.mark.parametrize("layer", MIXERS)
+MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "S4D": s4d}
+each = pytest.mark.parametrize("layer", MIXERS)
 
 # constructor, argument, wrong values
 SIZES = [
@@ -144,7 +146,7 @@ def test_scores_of_a_wrong_width():
         embedding().attend(zeros(2, 4))
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
 def test_a_sequence_of_length_zero(layer, shape):
     built = MIXERS[layer]()
@@ -155,20 +157,20 @@ def test_a_sequence_of_length_zero(layer, shape):
         built.prefill(zeros(*shape), built.init_cache(shape[:-2]))
 
 
-@both
+@each
 def test_one_token_is_no_sequence(layer):
     with refused(layer, "`x`", "(4,)", "step"):
         MIXERS[layer]()(zeros(4))
 
 
-@both
+@each
 def test_a_wrong_width_in_a_step(layer):
     built = MIXERS[layer]()
     with refused(f"{layer}.step", "`x`", "(2, 5)"):
         built.step(zeros(2, 5), built.init_cache((2,)))
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(2, 6), (7,), (3, 7), (2, 7, 1), ()])
 def test_segment_ids_of_another_shape(layer, shape):
     built, ids = MIXERS[layer](), zeros(*shape, dtype="int32")
@@ -179,7 +181,7 @@ def test_segment_ids_of_another_shape(layer, shape):
         built.prefill(zeros(2, 7, 4), built.init_cache((2,)), segment_ids=ids)
 
 
-@both
+@each
 @pytest.mark.parametrize("batch", [(), (3,), (1,), (2, 1)])
 def test_a_cache_of_other_batch_axes(layer, batch):
     built = MIXERS[layer]()
@@ -199,7 +201,9 @@ def test_a_cache_of_other_batch_axes(layer, batch):
         (conv(), conv(kernel_size=5)),
         (conv(), conv(dilation=2)),
         (conv(), conv(in_channels=8)),
+        (s4d(), s4d(d_state=4)),
         (mamba(), conv()),
+        (s4d(), mamba()),
         (conv(), mamba()),
     ],
 )
@@ -211,7 +215,7 @@ def test_a_cache_of_another_layer(layer, other):
         layer.step(zeros(2, 4), other.init_cache((2,)))
 
 
-@both
+@each
 def test_something_that_is_no_cache(layer):
     built = MIXERS[layer]()
     for cache in (None, (), zeros(2, 3)):

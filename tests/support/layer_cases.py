@@ -6,7 +6,7 @@ One line a layer: a new layer enters every contract test by its line in `CASES`.
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
+from support.rows import LENGTH as LENGTH
+from support.rows import chunks as chunks
+from support.rows import packed_rows as packed_rows
+from support.rows import pieces as pieces
+from support.rows import seeds as seeds
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -47,12 +51,8 @@ from capibara_eqx.models import (
 )
 
 
-# Tokens a row. Packed rows are cut into pieces of 1, 2 and 4 tokens: between them
-# every point of a row can be a cut, and few functions have to be compiled.
-LENGTH = 6
 # Tokens that a cache must hold: a row, and what a test reads after it.
 ROOM = LENGTH + 2
-PIECES = (1, 2, 4)
 VOCAB = 7
 
 
@@ -381,33 +381,3 @@ def root_mean_square(values: np.ndarray) -> float:
 def floats(tree: Any) -> Any:
     """The floating point leaves: what is remembered, without the ids."""
     return eqx.filter(tree, lambda leaf: np.issubdtype(leaf.dtype, np.floating))
-
-
-seeds = st.integers(0, 2**32 - 1)
-# Documents of any length in any order, ids that come back, padding anywhere.
-packed_rows = st.lists(
-    st.tuples(st.sampled_from([0, 3, 4, 900, -1, -5]), st.integers(1, 4)),
-    min_size=LENGTH,
-    max_size=LENGTH,
-).map(lambda runs: [name for name, size in runs for _ in range(size)][:LENGTH])
-# Cuts of a row into chunks of any length.
-chunks = st.sets(st.integers(1, LENGTH - 1)).map(
-    lambda cuts: list(zip([0, *sorted(cuts)], [*sorted(cuts), LENGTH], strict=True))
-)
-
-
-def _into_pieces(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    start, cuts = 0, []
-    for size in sizes:
-        size = max(piece for piece in PIECES if piece <= min(size, LENGTH - start))
-        cuts.append((start, start + size))
-        start += size
-        if start == LENGTH:
-            break
-    return cuts
-
-
-# Cuts of a row into chunks of the lengths in PIECES.
-pieces = st.lists(st.sampled_from(PIECES), min_size=LENGTH, max_size=LENGTH).map(
-    _into_pieces
-)

@@ -128,10 +128,10 @@ class S4D(AbstractStateSpace):
         check_discretization(discretization)
         C_key, dt_key, D_key, out_key = jax.random.split(key, 4)
         wide = accumulator_dtype(jnp.float32 if dtype is None else dtype)
-        A = _initial(init, d_state)
+        decay, frequencies = _initial(init, d_state, wide)
         shape = (d_model, d_state // 2)
-        self.log_A_real = jnp.broadcast_to(jnp.asarray(np.log(-A.real), wide), shape)
-        self.A_imag = jnp.broadcast_to(jnp.asarray(A.imag, wide), shape)
+        self.log_A_real = jnp.broadcast_to(jnp.log(decay), shape)
+        self.A_imag = jnp.broadcast_to(frequencies, shape)
         self.C = complex_normal(shape, wide, key=C_key)
         self.log_dt = log_step_sizes(d_model, dt_min, dt_max, wide, key=dt_key)
         self.D = jax.random.normal(D_key, (d_model,), wide)
@@ -152,16 +152,18 @@ class S4D(AbstractStateSpace):
         return _DiagonalSystem(A_bar, B_bar, from_pairs(self.C, dtype))
 
 
-def _initial(init: str, d_state: int) -> np.ndarray:
-    n = np.arange(d_state // 2)
+def _initial(init: str, d_state: int, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Minus the real parts of A, and the imaginary parts."""
     if init == "legs":
-        return np.asarray(hippo_diagonal(d_state, "legs").eigenvalues)
-    imaginary = {
+        poles = hippo_diagonal(d_state, "legs", dtype).eigenvalues
+        return -jnp.real(poles), jnp.imag(poles)
+    n = np.arange(d_state // 2)
+    frequencies = {
         "lin": np.pi * n,
         "inv": d_state / np.pi * (d_state / (2 * n + 1) - 1),
         "quad": (2 * n + 1) ** 2 / np.pi,
     }[init]
-    return -0.5 + 1j * imaginary
+    return jnp.full(n.shape, 0.5, dtype), jnp.asarray(frequencies, dtype)
 
 
 class _DiagonalSystem(AbstractSystem):

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ..layers import (
     GLU,
     MLP,
+    S4D,
     AbstractAttention,
     ByteEmbedding,
     Conv1DBlock,
@@ -47,7 +48,9 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; norms as
+    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; the
+    recurrence of S4D as seven a real state too (products of complex numbers are six)
+    and four a channel, without the discretisation, which is done once a call; norms as
     four a channel. Of a mixture of experts the router, the shared expert and the
     `top_k` experts that a token takes are counted, though all have parameters and some
     implementations compute all; attention as its four or more maps, two products a
@@ -143,6 +146,11 @@ def _mamba(layer: Mamba) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + scan
 
 
+def _s4d(layer: S4D) -> int:
+    recurrence = 7 * layer.d_model * layer.d_state + 4 * layer.d_model
+    return recurrence + _linear(layer.output.proj)
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -173,6 +181,7 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
     Mamba: _mamba,
+    S4D: _s4d,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
