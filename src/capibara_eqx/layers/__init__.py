@@ -43,6 +43,7 @@ from ._router import ExpertLoad as ExpertLoad
 from ._router import Routing as Routing
 from ._router import update_expert_load as update_expert_load
 from ._router import update_selection_bias as update_selection_bias
+from ._s4 import S4 as S4
 from ._s4d import S4D as S4D
 from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
