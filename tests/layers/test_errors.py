@@ -9,6 +9,7 @@ import pytest
 from support.messages import refused
 
 from capibara_eqx.layers import (
+    S4,
     S4D,
     Conv1DBlock,
     Dropout,
@@ -30,6 +31,7 @@ def builder(layer: Any, **defaults: Any) -> Any:
 
 
 mamba = builder(Mamba, d_model=4, d_state=3)
+s4 = builder(S4, d_model=4, d_state=2)
 s4d = builder(S4D, d_model=4, d_state=2)
 conv = builder(Conv1DBlock, in_channels=4, out_channels=4, kernel_size=3)
 linear = builder(Linear, in_features=4, out_features=3)
@@ -40,7 +42,7 @@ def zeros(*shape, dtype="float32"):
     return jnp.zeros(shape, dtype)
 
 
-MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "S4D": s4d}
+MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "S4": s4, "S4D": s4d}
 each = pytest.mark.parametrize("layer", MIXERS)
 
 # constructor, argument, wrong values
@@ -204,6 +206,7 @@ def test_a_cache_of_other_batch_axes(layer, batch):
         (s4d(), s4d(d_state=4)),
         (mamba(), conv()),
         (s4d(), mamba()),
+        (s4(), s4(d_model=3)),
         (conv(), mamba()),
     ],
 )

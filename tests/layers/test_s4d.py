@@ -22,7 +22,13 @@ from support.messages import refused
 from support.precision import enable_x64
 from support.state_space_oracle import (
     from_pairs,
+    kernel_of,
+    losses_of,
+    moved,
     parameters,
+    parameters_that_decay,
+    point_of,
+    read,
     s4d_step,
     s4d_steps,
     state_space_packed,
@@ -31,7 +37,7 @@ from support.state_space_oracle import (
 )
 from support.tolerances import assert_close
 
-from capibara_eqx.layers import S4D, Dropout, hippo_matrices, weight_decay_mask
+from capibara_eqx.layers import S4D, Dropout, hippo_matrices
 
 
 # Rows longer than a chunk, with a rest.
@@ -43,18 +49,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def moved(layer, seed):
-    """The layer with noise on every parameter."""
-    rng = np.random.default_rng(seed)
-
-    def noisy(leaf):
-        if not eqx.is_inexact_array(leaf):
-            return leaf
-        return leaf + jnp.asarray(0.2 * rng.standard_normal(leaf.shape), leaf.dtype)
-
-    return jax.tree.map(noisy, layer)
-
-
 @functools.cache
 def make(mode, d_model=3, d_state=4, **options):
     options = {"dt_min": 0.1, "dt_max": 0.5, **OPTIONS[mode], **options}
@@ -62,46 +56,8 @@ def make(mode, d_model=3, d_state=4, **options):
     return moved(layer, 0)
 
 
-def point_of(layer, seed, seq, state=True):
-    """Parameters, input and state of order one, as NumPy float64 arrays."""
-    rng = np.random.default_rng(seed)
-    point = {
-        name: value.astype("float64") for name, value in parameters(layer).items()
-    } | {"x": rng.standard_normal((seq, layer.d_model))}
-    if state:
-        point["state"] = rng.standard_normal((layer.d_model, layer.d_state))
-    return point
-
-
-def read(layer, point):
-    """The outputs, and the last state where there is a first one."""
-    layer = with_parameters(layer, point)
-    if "state" not in point:
-        return layer(point["x"]), jnp.zeros_like(point["x"], shape=(0,))
-    cache = eqx.tree_at(lambda c: c.state, layer.init_cache(), point["state"])
-    y, cache = layer.prefill(point["x"], cache)
-    return y, cache.state
-
-
 def losses(layer, seq):
-    """One loss of outputs and state twice: on the layer, and on the loops."""
-    rng = np.random.default_rng(7)
-    shape = (layer.d_model, layer.d_state)
-    weights = rng.standard_normal((seq, layer.d_model)), rng.standard_normal(shape)
-
-    def loss(point):
-        y, state = read(layer, point)
-        weight = weights[1] if state.size else np.zeros(0)
-        return jnp.sum(weights[0] * y**2) + jnp.sum(weight * state**2)
-
-    def oracle(point):
-        step = s4d_step(point, layer.discretization)
-        state = point.get("state", np.zeros(shape))
-        y, state = state_space_row(point, step, point["x"], state)
-        end = np.sum(weights[1] * state**2) if "state" in point else 0.0
-        return float(np.sum(weights[0] * y**2) + end)
-
-    return loss, oracle
+    return losses_of(layer, seq, lambda point: s4d_step(point, layer.discretization))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -131,10 +87,6 @@ def compiled_call():
     return eqx.filter_jit(lambda layer, x, ids: layer(x, segment_ids=ids))
 
 
-def kernel_of(layer, length):
-    return eqx.filter_jit(lambda layer: layer.kernel(length))(layer)
-
-
 @given(rows=packed_rows, seed=seeds)
 def test_packed_rows_are_those_of_the_loops(rows, seed):
     layer = make("convolution")
@@ -144,6 +96,16 @@ def test_packed_rows_are_those_of_the_loops(rows, seed):
     params = parameters(layer)
     want = state_space_packed(params, s4d_step(params, "zoh"), x, ids, 4)
     assert_close(y, want, dtype="float32", length=60)
+
+
+def test_documents_are_safe_from_each_other():
+    layer, ids = make("convolution"), np.asarray([0, 0, 1, 1, 1, 2], "int32")
+    x = np.random.default_rng(0).standard_normal((6, 3)).astype("float32")
+    want = np.asarray(compiled_call()(layer, x, ids))
+    x[2] = np.nan
+    y = np.asarray(compiled_call()(layer, x, ids))
+    np.testing.assert_array_equal(y[[0, 1, 5]], want[[0, 1, 5]])
+    assert np.all(np.isnan(y[2:5]))
 
 
 @pytest.mark.parametrize("discretization", ["zoh", "bilinear"])
@@ -319,13 +281,8 @@ def test_dropout_is_active_with_a_key_and_never_in_a_stream():
 
 
 def test_weight_decay_leaves_the_dynamics_alone():
-    mask = parameters_that_decay(make("chunked"))
-    assert mask == {".C", ".output.proj.weight"}
-
-
-def parameters_that_decay(layer):
-    leaves = jax.tree.leaves_with_path(weight_decay_mask(layer))
-    return {jax.tree_util.keystr(path) for path, leaf in leaves if leaf}
+    decaying = parameters_that_decay(make("chunked"))
+    assert decaying == {".C", ".output.proj.weight"}
 
 
 @pytest.mark.errors

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from capibara_eqx.layers import S4D
+from capibara_eqx.layers import S4, S4D
 from capibara_eqx.models import (
     LanguageModel,
     ResidualBlock,
@@ -80,21 +80,33 @@ def test_what_the_formulas_leave_out_is_small():
     assert ours < counted < 1.1 * ours
 
 
-def s4d_cost(d_state):
+def state_space_cost(layer, d_state, *options):
     key = jax.random.key(0)
-    block = ResidualBlock(S4D(16, d_state, key=key), 16)
+    block = ResidualBlock(layer(16, d_state, *options, key=key), 16)
     return model_cost(LanguageModel(7, 16, [block], key=key))[1]
 
 
-def test_states_of_s4d():
-    """The compiler counts a product of complex numbers once, so by hand."""
-    small, large = s4d_cost(8), s4d_cost(12)
-    # Products of real and imaginary parts with decay, input and readout, and sums.
-    complex_state = 4 + 2 + 2 + 2 + 2 + 2
-    assert large.flops - small.flops == 2 * 16 * complex_state
+# Work on a complex state: the compiler counts a product of two as one operation.
+_S4D = 6 + 2 + 2 + 4  # decay, input, sum, readout and its sum
+# Slope, input, half a step, inverse, readout; two inner products a rank and their use.
+_S4 = 6 + 4 + 4 + 6 + 4
+_RANK = 2 * (4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "work"),
+    [
+        (S4D, (), _S4D),
+        (S4, ("legs",), _S4 + _RANK),
+        (S4, ("legt",), _S4 + 2 * _RANK),
+    ],
+)
+def test_states_of_state_spaces(layer, options, work):
+    small, large = (state_space_cost(layer, size, *options) for size in (8, 12))
+    assert large.flops - small.flops == 2 * 16 * work
     assert large.state_bytes - small.state_bytes == 4 * 16 * 4
     norm, maps = 4 * 16, 2 * 16 * 32
-    assert small.flops == 4 * 16 * complex_state + 4 * 16 + norm + maps
+    assert small.flops == 4 * 16 * work + 4 * 16 + norm + maps
 
 
 def llama_flops(max_len, **options):

@@ -4,7 +4,6 @@ One line a layer: a new layer enters every contract test by its line in `CASES`.
 """
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable
 from functools import partial
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.layer_case import Case
 from support.rows import LENGTH as LENGTH
 from support.rows import chunks as chunks
 from support.rows import packed_rows as packed_rows
@@ -25,6 +25,7 @@ from support.tolerances import assert_close
 from capibara_eqx.layers import (
     GLU,
     MLP,
+    S4,
     S4D,
     Attention,
     ByteEmbedding,
@@ -54,47 +55,6 @@ from capibara_eqx.models import (
 # Tokens that a cache must hold: a row, and what a test reads after it.
 ROOM = LENGTH + 2
 VOCAB = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A layer of the contract suite.
-
-    `width` is the size of the input's last axis. `terms` is about how many terms the
-    longest sum that makes an output has. `padding` is what the output holds where the
-    input is padding: "zero", "input" (a residual stream), or "any" (scores).
-    `cache_axes` is the number of layer axes in front of a cache's batch axes.
-    `remembers` is false for a mixer whose output depends on the current token alone.
-    `axes` are those that a layer which is no mixer reads together. `roundings` is how
-    often a value is rounded on its way through, between layers and between the parts of
-    one, if not 16 times in a mixer and twice in another layer. `exact` is false for a
-    mixer that reads a row by Fourier transforms, whose rounding reaches every token.
-    """
-
-    name: str
-    make: Callable[..., Any]
-    width: int
-    terms: int
-    mixer: bool = True
-    tokens: bool = False
-    padding: str = "zero"
-    cache_axes: int = 0
-    remembers: bool = True
-    axes: tuple[int, ...] = ()
-    roundings: int | None = None
-    exact: bool = True
-    slow: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The axes of one input, without that of `width`."""
-        return self.axes or (LENGTH,)
-
-    @property
-    def kinds(self) -> set[str]:
-        if not self.mixer:
-            return {"pointwise"}
-        return {"mixer", "memory"} if self.remembers else {"mixer"}
 
 
 def _stack(scan: bool, *, key) -> Stack:
@@ -200,6 +160,7 @@ CASES = (
     ),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     Case("s4d", partial(S4D, 3, 4, **_STATE_SPACE), 3, 60),
+    Case("s4", partial(S4, 2, 4, **_STATE_SPACE), 2, 100),
     # The rest differs from the ones above in a value or two.
     Case(
         "conv_reference",
@@ -238,6 +199,21 @@ CASES = (
         partial(S4D, 2, 6, "legs", "bilinear", 0.1, 0.5, mode="recurrent"),
         width=2,
         terms=60,
+        slow=True,
+    ),
+    Case(
+        "s4_convolution",
+        partial(S4, 2, 4, "legt", 0.1, chunk_size=2),
+        width=2,
+        terms=100,
+        exact=False,
+        slow=True,
+    ),
+    Case(
+        "s4_recurrent",
+        partial(S4, 2, 2, dt_min=0.1, mode="recurrent"),
+        2,
+        60,
         slow=True,
     ),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),

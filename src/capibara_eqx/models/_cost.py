@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from ..layers import (
     GLU,
     MLP,
+    S4,
     S4D,
     AbstractAttention,
     ByteEmbedding,
@@ -49,13 +50,13 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
     ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; the
-    recurrence of S4D as seven a real state too (products of complex numbers are six)
-    and four a channel, without the discretisation, which is done once a call; norms as
-    four a channel. Of a mixture of experts the router, the shared expert and the
-    `top_k` experts that a token takes are counted, though all have parameters and some
-    implementations compute all; attention as its four or more maps, two products a
-    score and five operations for its softmax, with `max_len` tokens in view, or as many
-    as its window. Forward, one token.
+    recurrence of S4D as seven a real state too and four a channel, that of S4 as 12
+    and 8 a rank (a product of complex numbers is six), both without what is done once a
+    call; norms as four a channel. Of a mixture of experts the router, the shared expert
+    and the `top_k` experts that a token takes are counted, though all have parameters
+    and some implementations compute all; attention as its four or more maps, two
+    products a score and five operations for its softmax, with `max_len` tokens in view,
+    or as many as its window. Forward, one token.
 
     **Arguments:**
 
@@ -146,8 +147,9 @@ def _mamba(layer: Mamba) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + scan
 
 
-def _s4d(layer: S4D) -> int:
-    recurrence = 7 * layer.d_model * layer.d_state + 4 * layer.d_model
+def _state_space(layer: S4D | S4) -> int:
+    state = 7 if isinstance(layer, S4D) else 12 + 8 * layer.P.shape[-2]
+    recurrence = state * layer.d_model * layer.d_state + 4 * layer.d_model
     return recurrence + _linear(layer.output.proj)
 
 
@@ -181,7 +183,8 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
     Mamba: _mamba,
-    S4D: _s4d,
+    S4: _state_space,
+    S4D: _state_space,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
