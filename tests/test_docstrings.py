@@ -38,6 +38,7 @@ RESULTS = (
     "Generation",
     "ModelCache",
     "ModelOutput",
+    "StateSpaceCache",
 )
 
 

@@ -138,7 +138,10 @@ def test_no_output_sees_a_later_token(case, at, seed):
     x = inputs(case, (LENGTH,), seed)
     other = (x[at] + 1) % 7 if case.tokens else x[at] + 1.0
     before, after = run(case, call, x), run(case, call, x.at[at].set(other))
-    np.testing.assert_array_equal(after[:at], before[:at])
+    if case.exact:
+        np.testing.assert_array_equal(after[:at], before[:at])
+    else:
+        close(case, after[:at], before[:at], "outputs in front of the token")
     assert np.any(np.abs(after[at] - before[at]) > 1e-4), "the token has no effect"
     if case.remembers and at == 0:
         assert np.any(after[at + 1 :] != before[at + 1 :]), "nothing is remembered"

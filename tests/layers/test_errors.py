@@ -9,6 +9,8 @@ import pytest
 from support.messages import refused
 
 from capibara_eqx.layers import (
+    S4,
+    S4D,
     S5,
     Conv1DBlock,
     Dropout,
@@ -31,6 +33,8 @@ def builder(layer: Any, **defaults: Any) -> Any:
 
 
 mamba = builder(Mamba, d_model=4, d_state=3)
+s4 = builder(S4, d_model=4, d_state=2)
+s4d = builder(S4D, d_model=4, d_state=2)
 conv = builder(Conv1DBlock, in_channels=4, out_channels=4, kernel_size=3)
 linear_ssm = builder(
     LinearSSM, input_dim=4, output_dim=4, state_dim=3, dropout_rate=0.0
@@ -44,8 +48,15 @@ def zeros(*shape, dtype="float32"):
     return jnp.zeros(shape, dtype)
 
 
-MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "LinearSSM": linear_ssm, "S5": s5}
-both = pytest.mark.parametrize("layer", MIXERS)
+MIXERS = {
+    "Mamba": mamba,
+    "Conv1DBlock": conv,
+    "S4": s4,
+    "S4D": s4d,
+    "LinearSSM": linear_ssm,
+    "S5": s5,
+}
+each = pytest.mark.parametrize("layer", MIXERS)
 
 # constructor, argument, wrong values
 SIZES = [
@@ -173,7 +184,7 @@ def test_scores_of_a_wrong_width():
         embedding().attend(zeros(2, 4))
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
 def test_a_sequence_of_length_zero(layer, shape):
     built = MIXERS[layer]()
@@ -184,20 +195,20 @@ def test_a_sequence_of_length_zero(layer, shape):
         built.prefill(zeros(*shape), built.init_cache(shape[:-2]))
 
 
-@both
+@each
 def test_one_token_is_no_sequence(layer):
     with refused(layer, "`x`", "(4,)", "step"):
         MIXERS[layer]()(zeros(4))
 
 
-@both
+@each
 def test_a_wrong_width_in_a_step(layer):
     built = MIXERS[layer]()
     with refused(f"{layer}.step", "`x`", "(2, 5)"):
         built.step(zeros(2, 5), built.init_cache((2,)))
 
 
-@both
+@each
 @pytest.mark.parametrize("shape", [(2, 6), (7,), (3, 7), (2, 7, 1), ()])
 def test_segment_ids_of_another_shape(layer, shape):
     built, ids = MIXERS[layer](), zeros(*shape, dtype="int32")
@@ -208,7 +219,7 @@ def test_segment_ids_of_another_shape(layer, shape):
         built.prefill(zeros(2, 7, 4), built.init_cache((2,)), segment_ids=ids)
 
 
-@both
+@each
 @pytest.mark.parametrize("batch", [(), (3,), (1,), (2, 1)])
 def test_a_cache_of_other_batch_axes(layer, batch):
     built = MIXERS[layer]()
@@ -232,7 +243,10 @@ def test_a_cache_of_other_batch_axes(layer, batch):
         (linear_ssm(), linear_ssm(conv_dim=2)),
         (s5(), s5(d_state=8)),
         (s5(), linear_ssm()),
+        (s4d(), s4d(d_state=4)),
         (mamba(), conv()),
+        (s4d(), mamba()),
+        (s4(), s4(d_model=3)),
         (conv(), mamba()),
     ],
 )
@@ -244,7 +258,7 @@ def test_a_cache_of_another_layer(layer, other):
         layer.step(zeros(2, 4), other.init_cache((2,)))
 
 
-@both
+@each
 def test_something_that_is_no_cache(layer):
     built = MIXERS[layer]()
     for cache in (None, (), zeros(2, 3)):

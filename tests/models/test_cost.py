@@ -3,7 +3,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from capibara_eqx.layers import S4, S4D
 from capibara_eqx.models import (
+    LanguageModel,
+    ResidualBlock,
     mamba_language_model,
     model_cost,
     transformer_language_model,
@@ -75,6 +78,35 @@ def test_what_the_formulas_leave_out_is_small():
     counted, ours = flops()
     # 3 % at this width, 9 % before jax 0.10, less at larger ones.
     assert ours < counted < 1.1 * ours
+
+
+def state_space_cost(layer, d_state, *options):
+    key = jax.random.key(0)
+    block = ResidualBlock(layer(16, d_state, *options, key=key), 16)
+    return model_cost(LanguageModel(7, 16, [block], key=key))[1]
+
+
+# Work on a complex state: the compiler counts a product of two as one operation.
+_S4D = 6 + 2 + 2 + 4  # decay, input, sum, readout and its sum
+# Slope, input, half a step, inverse, readout; two inner products a rank and their use.
+_S4 = 6 + 4 + 4 + 6 + 4
+_RANK = 2 * (4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "work"),
+    [
+        (S4D, (), _S4D),
+        (S4, ("legs",), _S4 + _RANK),
+        (S4, ("legt",), _S4 + 2 * _RANK),
+    ],
+)
+def test_states_of_state_spaces(layer, options, work):
+    small, large = (state_space_cost(layer, size, *options) for size in (8, 12))
+    assert large.flops - small.flops == 2 * 16 * work
+    assert large.state_bytes - small.state_bytes == 4 * 16 * 4
+    norm, maps = 4 * 16, 2 * 16 * 32
+    assert small.flops == 4 * 16 * work + 4 * 16 + norm + maps
 
 
 def llama_flops(max_len, **options):

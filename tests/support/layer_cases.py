@@ -4,9 +4,8 @@ One line a layer: a new layer enters every contract test by its line in `CASES`.
 """
 
 import collections
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,9 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
-from support import small_state_spaces
+from support.layer_case import Case
+from support.rows import LENGTH as LENGTH
+from support.rows import chunks as chunks
+from support.rows import packed_rows as packed_rows
+from support.rows import pieces as pieces
+from support.rows import seeds as seeds
 from support.small_layers import bidirectional, hybrid, hybrid_of_convolutions, ultra
+from support.small_state_spaces import STATE_SPACES
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -32,7 +36,6 @@ from capibara_eqx.layers import (
     LayerNorm,
     Linear,
     Mamba,
-    Mamba2,
     MoE,
     PatchEmbedding,
     RMSNorm,
@@ -49,52 +52,9 @@ from capibara_eqx.models import (
 )
 
 
-# Tokens a row. Packed rows are cut into pieces of 1, 2 and 4 tokens: between them
-# every point of a row can be a cut, and few functions have to be compiled.
-LENGTH = 6
 # Tokens that a cache must hold: a row, and what a test reads after it.
 ROOM = LENGTH + 2
-PIECES = (1, 2, 4)
 VOCAB = 7
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A layer of the contract suite.
-
-    `width` is the size of the input's last axis. `terms` is about how many terms the
-    longest sum that makes an output has. `padding` is what the output holds where the
-    input is padding: "zero", "input" (a residual stream), or "any" (scores).
-    `cache_axes` is the number of layer axes in front of a cache's batch axes.
-    `remembers` is false for a mixer whose output depends on the current token alone.
-    `axes` are those that a layer which is no mixer reads together. `roundings` is how
-    often a value is rounded on its way through, between layers and between the parts of
-    one, if not 16 times in a mixer and twice in another layer.
-    """
-
-    name: str
-    make: Callable[..., Any]
-    width: int
-    terms: int
-    mixer: bool = True
-    tokens: bool = False
-    padding: str = "zero"
-    cache_axes: int = 0
-    remembers: bool = True
-    axes: tuple[int, ...] = ()
-    roundings: int | None = None
-    slow: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The axes of one input, without that of `width`."""
-        return self.axes or (LENGTH,)
-
-    @property
-    def kinds(self) -> set[str]:
-        if not self.mixer:
-            return {"pointwise"}
-        return {"mixer", "memory"} if self.remembers else {"mixer"}
 
 
 def _stack(scan: bool, *, key) -> Stack:
@@ -132,12 +92,12 @@ _EVERYTHING: dict[str, Any] = {
     "residual": True,
 }
 _ODD: dict[str, Any] = {"dt_rank": 2, "activation": "gelu", "bias": True}
-_LIMITED: dict[str, Any] = {"dt_limit": (0.01, 0.2), "chunk_size": 4}
 _ATTENTION: dict[str, Any] = {
     "rope_enabled": True,
     "qk_norm": True,
     "use_bias": True,
 }
+# Steps that are large enough for the states to count.
 _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "any"}
 
 CASES = (
@@ -185,9 +145,7 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
-    Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
-    Case("linear_ssm", small_state_spaces.linear_ssm, 3, 40),
-    Case("s5", small_state_spaces.s5, 3, 40),
+    *STATE_SPACES,
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",
@@ -224,15 +182,6 @@ CASES = (
         terms=20,
         slow=True,
     ),
-    Case(
-        "mamba2_groups",
-        partial(Mamba2, 4, 2, 2, head_dim=2, n_groups=2, norm_before_gate=True),
-        width=4,
-        terms=40,
-        slow=True,
-    ),
-    Case("linear_ssm_legt", small_state_spaces.linear_ssm_legt, 3, 20, slow=True),
-    Case("s5_bilinear", small_state_spaces.s5_bilinear, 2, 20, slow=True),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),
     Case(
         "stack_scanned",
@@ -377,33 +326,3 @@ def root_mean_square(values: np.ndarray) -> float:
 def floats(tree: Any) -> Any:
     """The floating point leaves: what is remembered, without the ids."""
     return eqx.filter(tree, lambda leaf: np.issubdtype(leaf.dtype, np.floating))
-
-
-seeds = st.integers(0, 2**32 - 1)
-# Documents of any length in any order, ids that come back, padding anywhere.
-packed_rows = st.lists(
-    st.tuples(st.sampled_from([0, 3, 4, 900, -1, -5]), st.integers(1, 4)),
-    min_size=LENGTH,
-    max_size=LENGTH,
-).map(lambda runs: [name for name, size in runs for _ in range(size)][:LENGTH])
-# Cuts of a row into chunks of any length.
-chunks = st.sets(st.integers(1, LENGTH - 1)).map(
-    lambda cuts: list(zip([0, *sorted(cuts)], [*sorted(cuts), LENGTH], strict=True))
-)
-
-
-def _into_pieces(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    start, cuts = 0, []
-    for size in sizes:
-        size = max(piece for piece in PIECES if piece <= min(size, LENGTH - start))
-        cuts.append((start, start + size))
-        start += size
-        if start == LENGTH:
-            break
-    return cuts
-
-
-# Cuts of a row into chunks of the lengths in PIECES.
-pieces = st.lists(st.sampled_from(PIECES), min_size=LENGTH, max_size=LENGTH).map(
-    _into_pieces
-)

@@ -53,6 +53,8 @@ from ._router import ExpertLoad as ExpertLoad
 from ._router import Routing as Routing
 from ._router import update_expert_load as update_expert_load
 from ._router import update_selection_bias as update_selection_bias
+from ._s4 import S4 as S4
+from ._s4d import S4D as S4D
 from ._s5 import S5 as S5
 from ._s5 import S5Cache as S5Cache
 from ._schedulers import DenoiseState as DenoiseState
@@ -60,6 +62,7 @@ from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
 from ._ssm_step import ssm_step as ssm_step
+from ._state_space import StateSpaceCache as StateSpaceCache
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
 from ._ultra_ssm import UltraSSM as UltraSSM

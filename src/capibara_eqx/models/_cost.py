@@ -9,6 +9,8 @@ from jaxtyping import PyTree
 from ..layers import (
     GLU,
     MLP,
+    S4,
+    S4D,
     S5,
     AbstractAttention,
     ByteEmbedding,
@@ -54,13 +56,14 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
     ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
-    Mamba-2 as five a state, since its decays are one a head; the products of
-    `LinearSSM` and `S5`, not their discretisation, of which there is one a call, and
-    eight a complex state; norms as four a channel. Of a mixture of experts the router,
-    the shared expert and the `top_k` experts that a token takes are counted, though all
-    have parameters and some implementations compute all; attention as its four or more
-    maps, two products a score and five operations for its softmax, with `max_len`
-    tokens in view, or as many as its window. Forward, one token.
+    Mamba-2 as five a state, since its decays are one a head; the recurrence of S4D as
+    seven a real state and four a channel, that of S4 as 12 and 8 a rank, that of S5 as
+    four (a product of complex numbers is six), `LinearSSM` as its products, all without
+    what is done once a call; norms as four a channel. Of a mixture of experts the
+    router, the shared expert and the `top_k` experts that a token takes are counted,
+    though all have parameters and some implementations compute all; attention as its
+    four or more maps, two products a score and five operations for its softmax, with
+    `max_len` tokens in view, or as many as its window. Forward, one token.
 
     **Arguments:**
 
@@ -171,6 +174,12 @@ def _s5(layer: S5) -> int:
     return maps + 8 * layer.half + _linear(layer.gate)
 
 
+def _state_space(layer: S4D | S4) -> int:
+    state = 7 if isinstance(layer, S4D) else 12 + 8 * layer.P.shape[-2]
+    recurrence = state * layer.d_model * layer.d_state + 4 * layer.d_model
+    return recurrence + _linear(layer.output.proj)
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -214,6 +223,8 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     LinearSSM: _linear_ssm,
     Mamba: _mamba,
     Mamba2: _mamba2,
+    S4: _state_space,
+    S4D: _state_space,
     S5: _s5,
     GLU: _gated,
     SwiGLU: _gated,
