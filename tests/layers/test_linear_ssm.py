@@ -78,7 +78,12 @@ def read(layer, point):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*((name, "float64") for name in CONFIGS), ("zoh", "float32")],
+    [
+        ("zoh", "float32"),
+        ("zoh", "float64"),
+        ("bilinear", "float64"),
+        pytest.param("no_residual", "float64", marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_caches_are_those_of_scipy(name, dtype):
     layer, seq = make(name), 7
@@ -223,9 +228,9 @@ def test_first_derivatives_through_caches():
     check_first_order(*losses(layer, 4), point_of(layer, 2, 4))
 
 
-@pytest.mark.parametrize(
-    "name", ["bilinear", pytest.param("zoh", marks=pytest.mark.slow)]
-)
+# The quick tests have those of the exponential, in test_discretize.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bilinear", "zoh"])
 def test_second_derivatives_through_caches(name):
     layer = make(name)
     check_second_order(*losses(layer, 3), point_of(layer, 3, 3))
