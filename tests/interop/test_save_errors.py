@@ -21,7 +21,6 @@ from capibara_eqx.layers import (
 from capibara_eqx.models import (
     ResidualBlock,
     TransformerBlock,
-    mamba_language_model,
     transformer_language_model,
 )
 
@@ -42,6 +41,10 @@ def blocks(make) -> Any:
     return eqx.tree_at(lambda m: m.stack.blocks, whole, changed)
 
 
+class Relabelled(ResidualBlock):
+    """A block that is none of ours, whatever it does."""
+
+
 def with_part(name: str, part: Any) -> Any:
     return blocks(lambda block: eqx.tree_at(lambda b: getattr(b, name), block, part))
 
@@ -57,14 +60,18 @@ def attention(**options: Any) -> Any:
 
 # A model, what the message says.
 MODELS: dict[str, tuple[Any, list[str]]] = {
-    "mamba": (
-        mamba_language_model(11, 8, 2, d_state=2, key=KEY),
-        ["2 problems", "block 0: ResidualBlock", "block 1: ResidualBlock"],
+    "residual attention": (
+        blocks(lambda b: ResidualBlock(b.mixer, 8)),
+        ["block 1: the mixer of the ResidualBlock is Attention, not Mamba"],
+    ),
+    "no block of ours": (
+        blocks(lambda b: Relabelled(b.mixer, 8)),
+        ["block 1: Relabelled is neither TransformerBlock nor ResidualBlock"],
     ),
     "no model": (Mamba(8, 2, key=KEY), ["`model`", "LanguageModel", "Mamba"]),
-    "one block": (
+    "kinds": (
         blocks(lambda _: ResidualBlock(Mamba(8, 2, key=KEY), 8)),
-        ["block 1: ResidualBlock is not TransformerBlock"],
+        ["of several kinds: TransformerBlock, ResidualBlock of Mamba"],
     ),
     "mixer": (
         blocks(lambda b: TransformerBlock(Mamba(8, 2, key=KEY), b.feed_forward, 8)),
@@ -94,7 +101,10 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
         attention(rope_scaling=LinearScaling(2.0)),
         ["differ in rope_scaling"],
     ),
-    "eps": (attention(qk_norm=True, eps=0.1), ["differ in eps, qk_norm"]),
+    "eps": (
+        attention(qk_norm=True, eps=0.1),
+        ["2 problems", "`eps` of their own: [1e-05, 0.1]", "differ in qk_norm"],
+    ),
     "window and bias": (
         model(window=3, use_bias=True),
         ["as LlamaForCausalLM: it has a `window`"],

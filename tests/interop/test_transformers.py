@@ -318,7 +318,7 @@ def test_entries_that_are_absent_are_those_of_transformers(name, sliding):
         for entries in (given, whole)
     ]
     assert read[0].problems == []
-    assert read[0].decoder == read[1].decoder
+    assert read[0].structure == read[1].structure
 
 
 # With the sizes of real models.
@@ -340,9 +340,10 @@ ROPES: list[dict[str, Any]] = [
 def test_frequencies_are_those_of_transformers(parameters):
     entries = SIZES | {"max_position_embeddings": 65536, "head_dim": 128}
     entries |= rope(500000.0, **parameters) | {"architectures": ["LlamaForCausalLM"]}
-    decoder = read_config(copy.deepcopy(entries)).decoder
-    assert decoder is not None
-    found, size = rotary_frequencies(128, decoder.rope_base, decoder.rope_scaling)
+    structure = read_config(copy.deepcopy(entries)).structure
+    assert structure is not None
+    block: Any = structure.blocks[0]
+    found, size = rotary_frequencies(128, block.rope_base, block.rope_scaling)
     rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
         transformers.LlamaConfig(**entries)
     )
