@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.checkpoint_oracle import MAMBA_CONFIG, mamba_shapes, write
 from support.messages import refused
 
 from capibara_eqx.interop import load_hf, save_hf
@@ -265,3 +266,57 @@ def test_layer_types_that_are_not_heeded(folder):
     change(folder, layer_types=["sliding_attention", "full_attention"])
     with refused("`layer_types`", "mistral"):
         load_hf(folder)
+
+
+@pytest.fixture
+def mamba(tmp_path) -> Path:
+    """A sound checkpoint of Mamba."""
+    write(tmp_path, MAMBA_CONFIG, mamba_shapes(MAMBA_CONFIG))
+    load_hf(tmp_path)
+    return tmp_path
+
+
+# Entries of a Mamba model's config.json, what the message says.
+MAMBA_ENTRIES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"architectures": ["FalconMambaForCausalLM"]}, ["mean 'MambaForCausalLM'"]),
+    (
+        {"architectures": None, "model_type": None, "ssm_cfg": {}},
+        ["`ssm_cfg`", "mamba_ssm", "-hf"],
+    ),
+    ({"state_size": 0}, ["`state_size` must be a positive integer", "0"]),
+    ({"intermediate_size": 9}, ["`intermediate_size` 9", "multiple", "4"]),
+    ({"intermediate_size": ..., "expand": 1.5}, ["`expand`", "positive integer, got"]),
+    ({"time_step_rank": "full"}, ["`time_step_rank`", "'full'"]),
+    ({"hidden_act": "gelu_new"}, ["`hidden_act` 'gelu_new'", "silu, swish, gelu"]),
+    ({"use_bias": "no"}, ["`use_bias` must be true or false, got 'no'"]),
+    ({"use_conv_bias": 1}, ["`use_conv_bias` must be true or false"]),
+    ({"residual_in_fp32": 32}, ["`residual_in_fp32` must be true or false"]),
+    ({"layer_norm_epsilon": 0.0}, ["`layer_norm_epsilon`", "above 0"]),
+    ({"conv_kernel": None, "num_hidden_layers": ...}, ["`num_hidden_layers` is miss"]),
+    ({"quantization_config": {"bits": 4}}, ["`quantization_config`", "Dequantize"]),
+    # What does not fit the tensors.
+    ({"use_bias": True}, ["missing: backbone.layers.0.mixer.in_proj.bias"]),
+    ({"use_conv_bias": False}, ["no place for: backbone.layers.0.mixer.conv1d.bias"]),
+    ({"conv_kernel": 4}, ["mixer.conv1d.weight must have shape (8, 1, 4), got (8, 1"]),
+    ({"time_step_rank": 2}, ["mixer.x_proj.weight must have shape (8, 8), got (7, 8)"]),
+    ({"vocab_size": 10}, ["backbone.embeddings.weight", "(10, 4), got (11, 4)"]),
+    ({"tie_word_embeddings": False}, ["missing: lm_head.weight"]),
+]
+
+
+@pytest.mark.parametrize(("entries", "words"), MAMBA_ENTRIES, ids=str)
+def test_mamba_that_does_not_fit(entries, words, mamba):
+    change(mamba, **entries)
+    with refused(str(mamba), *words):
+        load_hf(mamba)
+
+
+def test_names_of_the_package_mamba_ssm(mamba):
+    """Its tensors under a config.json of transformers."""
+    tensors = load_file(mamba / WEIGHTS)
+    table = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors | {"backbone.embedding.weight": table}, mamba / WEIGHTS)
+    with refused(
+        "missing: backbone.embeddings.weight", "no place for: backbone.embedding.weight"
+    ):
+        load_hf(mamba)

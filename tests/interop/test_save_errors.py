@@ -13,6 +13,8 @@ from capibara_eqx.interop import load_hf, save_hf
 from capibara_eqx.layers import (
     GLU,
     Attention,
+    Conv1DBlock,
+    Linear,
     LinearScaling,
     Mamba,
     MoE,
@@ -21,12 +23,15 @@ from capibara_eqx.layers import (
 from capibara_eqx.models import (
     ResidualBlock,
     TransformerBlock,
+    mamba_language_model,
     transformer_language_model,
 )
 
 
 pytestmark = pytest.mark.errors
 KEY = jax.random.key(0)
+# A block that is none of ours, whatever it does.
+Relabelled: Any = type("Relabelled", (ResidualBlock,), {})
 
 
 def model(**options: Any) -> Any:
@@ -39,10 +44,6 @@ def blocks(make) -> Any:
     whole = model()
     changed = (whole.stack.blocks[0], make(whole.stack.blocks[1]))
     return eqx.tree_at(lambda m: m.stack.blocks, whole, changed)
-
-
-class Relabelled(ResidualBlock):
-    """A block that is none of ours, whatever it does."""
 
 
 def with_part(name: str, part: Any) -> Any:
@@ -58,6 +59,17 @@ def attention(**options: Any) -> Any:
     return with_part("mixer", Attention(8, 2, **arguments, key=KEY))
 
 
+def mamba(where: Any = None, value: Any = None) -> Any:
+    """A model of Mamba blocks with `value` in the place of a part."""
+    whole = mamba_language_model(11, 8, 2, d_state=2, key=KEY)
+    return whole if where is None else eqx.tree_at(where, whole, value)
+
+
+def conv(**options: Any) -> Any:
+    block = Conv1DBlock(16, 16, 4, groups=16, **options, key=KEY)
+    return mamba(lambda m: m.stack.blocks[1].mixer.conv, block)
+
+
 # A model, what the message says.
 MODELS: dict[str, tuple[Any, list[str]]] = {
     "residual attention": (
@@ -69,6 +81,26 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
         ["block 1: Relabelled is neither TransformerBlock nor ResidualBlock"],
     ),
     "no model": (Mamba(8, 2, key=KEY), ["`model`", "LanguageModel", "Mamba"]),
+    "a conv of another kind": (
+        conv(dilation=2, residual=True, norm="rms"),
+        ["3 problems", "block 1: the convolution's `dilation` is 2, not 1", "`norm`"],
+    ),
+    "no activation": (conv(activation=None), ["block 1", "has no `activation`"]),
+    "no conv": (
+        mamba(lambda m: m.stack.blocks[0].mixer.conv, Linear(16, 16, key=KEY)),
+        ["block 0: the convolution is Linear, not Conv1DBlock"],
+    ),
+    "mamba sizes": (
+        mamba(
+            lambda m: m.stack.blocks[1],
+            ResidualBlock(Mamba(8, 3, expand=1, key=KEY), 8),
+        ),
+        ["differ in d_state, expand"],
+    ),
+    "a map without its bias": (
+        mamba(lambda m: m.stack.blocks[1].mixer.dt_proj, Linear(1, 16, False, key=KEY)),
+        ["are not: stack.blocks.1.mixer.dt_proj.bias"],
+    ),
     "kinds": (
         blocks(lambda _: ResidualBlock(Mamba(8, 2, key=KEY), 8)),
         ["of several kinds: TransformerBlock, ResidualBlock of Mamba"],
@@ -162,6 +194,13 @@ def test_an_architecture_that_was_named(tmp_path):
         )
     with refused("as Qwen2ForCausalLM", "use_bias=False", "can be (True, False)"):
         save_hf(model(), tmp_path, architecture="Qwen2ForCausalLM")
+    with refused(
+        "as MambaForCausalLM: its blocks are TransformerBlock, which there are",
+        "ResidualBlock of Mamba",
+    ):
+        save_hf(model(), tmp_path, architecture="MambaForCausalLM")
+    with refused("as LlamaForCausalLM: its blocks are ResidualBlock of Mamba"):
+        save_hf(mamba(), tmp_path, architecture="LlamaForCausalLM")
     save_hf(model(), tmp_path, architecture="MistralForCausalLM")
     assert load_hf(tmp_path).stack.num_blocks == 2
 
@@ -171,6 +210,10 @@ def test_a_config_that_contradicts_the_model(tmp_path):
         save_hf(model(), tmp_path, config={"intermediate_size": 7, "rms_norm_eps": 0.5})
     with refused("`config` says MistralForCausalLM", "`architecture`"):
         save_hf(model(), tmp_path, config={"architectures": ["MistralForCausalLM"]})
+    with refused("`config` says LlamaForCausalLM", "written as MambaForCausalLM"):
+        save_hf(mamba(), tmp_path, config={"architectures": ["LlamaForCausalLM"]})
+    with refused("2 problems", "`d_state` 3, the model has 2", "`n_layers` 4"):
+        save_hf(mamba(), tmp_path, config={"state_size": 3, "num_hidden_layers": 4})
     with refused("`config`", "'gelu'"):
         save_hf(model(), tmp_path, config={"hidden_act": "gelu"})
 

@@ -17,7 +17,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 class Config(NamedTuple):
-    """A config.json as read; both are `None` if it has problems."""
+    """A config.json as read; the structure is `None` if it has problems."""
 
     architecture: str | None
     structure: Structure | None
@@ -35,7 +35,7 @@ def read_config(entries: Mapping[str, Any]) -> Config:
         )
     name = _architecture(config)
     structure = None if name is None else ARCHITECTURES[name].read(config)
-    return Config(None, None, problems) if problems else Config(name, structure, [])
+    return Config(name, None if problems else structure, problems)
 
 
 def _architecture(config: Entries) -> str | None:

@@ -117,13 +117,13 @@ def _contradictions(
 ) -> list[str]:
     """How config.json with the caller's entries would describe another model."""
     read = read_config(entries)
-    if read.structure is None:
-        return [f"`config`: {problem}" for problem in read.problems]
-    if read.architecture != name:
+    if read.architecture not in (None, name):
         return [
             f"`config` says {read.architecture}, the model is written as {name}. Pass "
             "`architecture`, or leave the entry out"
         ]
+    if read.structure is None:
+        return [f"`config`: {problem}" for problem in read.problems]
     own = structure.entries()
     return [
         f"`config` makes `{field}` {value}, the model has {own[field]}"
