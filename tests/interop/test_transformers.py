@@ -1,8 +1,8 @@
 """Models of transformers read here, and models from here read by transformers."""
 
 import copy
+import functools
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.model_oracle import moved
+from support.quick import built
 
 from capibara_eqx.interop import load_hf, save_hf
 from capibara_eqx.interop._hf_config import read_config
@@ -24,6 +25,7 @@ from capibara_eqx.layers import (
 from capibara_eqx.models import (
     LanguageModel,
     generate,
+    mamba_language_model,
     transformer_language_model,
 )
 
@@ -88,7 +90,24 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5},
         False,
     ),
+    "mamba": ("Mamba", {}, True),
+    "mamba-odd": (
+        "Mamba",
+        {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "tie_word_embeddings": False,
+            "expand": 3,
+            "time_step_rank": 5,
+            "conv_kernel": 2,
+            "hidden_act": "gelu",
+            "layer_norm_epsilon": 1e-3,
+        },
+        False,
+    ),
 }
+# With a bias of its first map transformers' convolution sees that bias at padding.
+PADDING_IS_SEEN = ("mamba-odd",)
 
 
 # Where a text is generated as well: every architecture, every kind of cache.
@@ -98,32 +117,37 @@ GENERATING = (
     "qwen2",
     "qwen3-windows-biases",
     "mixtral",
+    "mamba",
 )
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ATTENTION_SIZES = {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+OWN_SIZES = {"Mamba": {"state_size": 5}}
 
 
 class Pair(NamedTuple):
-    """One model on either side, and the folder that it was written to."""
+    """One model on either side."""
 
     theirs: Any
     ours: LanguageModel
-    folder: Path
+    padding_is_seen: bool
 
 
 def their_model(name: str, options: dict[str, Any]) -> Any:
     """A tiny model with random parameters, none of them zero or one."""
-    arguments = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **options,
-    }
+    arguments = SIZES | OWN_SIZES.get(name, ATTENTION_SIZES) | options
     config = getattr(transformers, f"{name}Config")(**arguments)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -140,7 +164,8 @@ def pair(request, tmp_path_factory) -> Pair:
     theirs = their_model(name, options)
     folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
-    return Pair(theirs, load_hf(folder, scan=scan), folder)
+    seen = request.param in PADDING_IS_SEEN
+    return Pair(theirs, load_hf(folder, scan=scan), seen)
 
 
 def tokens() -> np.ndarray:
@@ -201,6 +226,8 @@ def test_logits_are_those_of_transformers(pair):
     )
     for found in logits.values():
         assert_equal_logits(found, expected)
+    if pair.padding_is_seen:
+        return
     expected = their_logits(pair.theirs, ids, mask)
     assert_equal_logits(np.asarray(padded)[mask], expected[mask])
 
@@ -250,12 +277,22 @@ OWN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OWN, ids=str)
-def test_models_that_were_made_here(options, tmp_path):
+def test_transformers_that_were_made_here(options, tmp_path):
     arguments: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2} | options
     key = jax.random.key(0)
     ours = transformer_language_model(VOCAB, 32, 2, **arguments, key=key)
     ours = moved(ours, 1)
     save_hf(ours, tmp_path, config={"max_position_embeddings": 4096})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    logits = eqx.filter_jit(ours)(jnp.asarray(tokens(), "int32"))
+    assert_equal_logits(logits, their_logits(theirs.eval(), tokens()))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_mamba_that_was_made_here(scan, tmp_path):
+    make = functools.partial(mamba_language_model, VOCAB, 32, 3, d_state=5, expand=1)
+    ours = moved(built(make, dt_rank=3, scan=scan, key=jax.random.key(0)), 1)
+    save_hf(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     logits = eqx.filter_jit(ours)(jnp.asarray(tokens(), "int32"))
     assert_equal_logits(logits, their_logits(theirs.eval(), tokens()))
@@ -299,19 +336,19 @@ def test_names_of_older_files(tmp_path):
     assert_equal_logits(logits, their_logits(theirs, tokens()))
 
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 512,
-    "intermediate_size": 48,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-}
+# With the sizes of real models.
+REAL_SIZES = {"vocab_size": VOCAB, "hidden_size": 512, "num_hidden_layers": 30}
+REAL_ATTENTION_SIZES = {"intermediate_size": 48, "num_attention_heads": 32}
+REAL_OWN_SIZES: dict[str, dict[str, Any]] = {"Mamba": {}}
 
 
 @pytest.mark.parametrize("sliding", [False, True])
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"])
+@pytest.mark.parametrize(
+    "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Mamba"]
+)
 def test_entries_that_are_absent_are_those_of_transformers(name, sliding):
-    given = SIZES | ({"use_sliding_window": True} if sliding else {})
+    given = REAL_SIZES | REAL_OWN_SIZES.get(name, REAL_ATTENTION_SIZES)
+    given |= {"use_sliding_window": True} if sliding else {}
     whole = getattr(transformers, f"{name}Config")(**given).to_dict()
     read = [
         read_config(entries | {"architectures": [f"{name}ForCausalLM"]})
@@ -321,7 +358,6 @@ def test_entries_that_are_absent_are_those_of_transformers(name, sliding):
     assert read[0].structure == read[1].structure
 
 
-# With the sizes of real models.
 ROPES: list[dict[str, Any]] = [
     {},
     {"rope_type": "linear", "factor": 4},
@@ -338,7 +374,8 @@ ROPES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("parameters", ROPES, ids=str)
 def test_frequencies_are_those_of_transformers(parameters):
-    entries = SIZES | {"max_position_embeddings": 65536, "head_dim": 128}
+    entries = REAL_SIZES | REAL_ATTENTION_SIZES
+    entries |= {"max_position_embeddings": 65536, "head_dim": 128}
     entries |= rope(500000.0, **parameters) | {"architectures": ["LlamaForCausalLM"]}
     structure = read_config(copy.deepcopy(entries)).structure
     assert structure is not None
