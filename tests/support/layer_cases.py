@@ -30,6 +30,7 @@ from capibara_eqx.layers import (
     LayerNorm,
     Linear,
     Mamba,
+    Mamba2,
     MoE,
     PatchEmbedding,
     RMSNorm,
@@ -129,6 +130,7 @@ _EVERYTHING: dict[str, Any] = {
     "residual": True,
 }
 _ODD: dict[str, Any] = {"dt_rank": 2, "activation": "gelu", "bias": True}
+_LIMITED: dict[str, Any] = {"dt_limit": (0.01, 0.2), "chunk_size": 4}
 _ATTENTION: dict[str, Any] = {
     "rope_enabled": True,
     "qk_norm": True,
@@ -181,6 +183,7 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
+    Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",
@@ -212,6 +215,13 @@ CASES = (
         partial(Mamba, 3, 2, 2, implementation="reference"),
         width=3,
         terms=20,
+        slow=True,
+    ),
+    Case(
+        "mamba2_groups",
+        partial(Mamba2, 4, 2, 2, head_dim=2, n_groups=2, norm_before_gate=True),
+        width=4,
+        terms=40,
         slow=True,
     ),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),

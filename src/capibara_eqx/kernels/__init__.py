@@ -6,3 +6,4 @@ from ._implementations import check_implementation as check_implementation
 from ._implementations import implementations as implementations
 from ._linear_recurrence import linear_recurrence as linear_recurrence
 from ._selective_scan import selective_scan as selective_scan
+from ._ssd import ssd as ssd

@@ -10,6 +10,7 @@ from ._decoupled_attention import DecoupledAttention as DecoupledAttention
 from ._diffusion_head import DiffusionNextTokenHead as DiffusionNextTokenHead
 from ._dropout import Dropout as Dropout
 from ._embedding import Embedding as Embedding
+from ._gated_norm import GatedRMSNorm as GatedRMSNorm
 from ._glu import GLU as GLU
 from ._glu import SwiGLU as SwiGLU
 from ._hippo import HippoDiagonal as HippoDiagonal
@@ -21,6 +22,8 @@ from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
 from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
+from ._mamba2 import Mamba2 as Mamba2
+from ._mamba2 import Mamba2Cache as Mamba2Cache
 from ._mixer import AbstractAux as AbstractAux
 from ._mixer import AbstractSequenceMixer as AbstractSequenceMixer
 from ._mlp import MLP as MLP

@@ -14,9 +14,11 @@ from ..layers import (
     Conv1DBlock,
     Dropout,
     Embedding,
+    GatedRMSNorm,
     LayerNorm,
     Linear,
     Mamba,
+    Mamba2,
     MoE,
     PatchEmbedding,
     RMSNorm,
@@ -47,12 +49,13 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; norms as
-    four a channel. Of a mixture of experts the router, the shared expert and the
-    `top_k` experts that a token takes are counted, though all have parameters and some
-    implementations compute all; attention as its four or more maps, two products a
-    score and five operations for its softmax, with `max_len` tokens in view, or as many
-    as its window. Forward, one token.
+    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
+    Mamba-2 as five a state, since its decays are one a head; norms as four a channel.
+    Of a mixture of experts the router, the shared expert and the `top_k` experts that a
+    token takes are counted, though all have parameters and some implementations compute
+    all; attention as its four or more maps, two products a score and five operations
+    for its softmax, with `max_len` tokens in view, or as many as its window. Forward,
+    one token.
 
     **Arguments:**
 
@@ -143,6 +146,12 @@ def _mamba(layer: Mamba) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + scan
 
 
+def _mamba2(layer: Mamba2) -> int:
+    maps = _linear(layer.in_proj) + _linear(layer.out_proj) + _conv(layer.conv)
+    scan = 5 * layer.d_inner * layer.d_state + 4 * layer.d_inner
+    return maps + scan + _flops(layer.norm, None)
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -172,7 +181,9 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     RMSNorm: lambda layer: 4 * layer.d_model,
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
+    GatedRMSNorm: lambda layer: 5 * layer.d_model,
     Mamba: _mamba,
+    Mamba2: _mamba2,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
