@@ -27,6 +27,7 @@ RESULTS = (
     "Conv1DCache",
     "EmbeddingCache",
     "KVCache",
+    "Mamba2Cache",
     "MambaCache",
     "Cost",
     "Generation",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from support.checkpoint_oracle import MAMBA_CONFIG, mamba_shapes, write
+from support.checkpoint_oracle import MAMBA2_CONFIG, MAMBA_CONFIG, write
 from support.messages import refused
 
 from capibara_eqx.interop import load_hf, save_hf
@@ -268,14 +268,6 @@ def test_layer_types_that_are_not_heeded(folder):
         load_hf(folder)
 
 
-@pytest.fixture
-def mamba(tmp_path) -> Path:
-    """A sound checkpoint of Mamba."""
-    write(tmp_path, MAMBA_CONFIG, mamba_shapes(MAMBA_CONFIG))
-    load_hf(tmp_path)
-    return tmp_path
-
-
 # Entries of a Mamba model's config.json, what the message says.
 MAMBA_ENTRIES: list[tuple[dict[str, Any], list[str]]] = [
     ({"architectures": ["FalconMambaForCausalLM"]}, ["mean 'MambaForCausalLM'"]),
@@ -304,19 +296,46 @@ MAMBA_ENTRIES: list[tuple[dict[str, Any], list[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("entries", "words"), MAMBA_ENTRIES, ids=str)
-def test_mamba_that_does_not_fit(entries, words, mamba):
-    change(mamba, **entries)
-    with refused(str(mamba), *words):
-        load_hf(mamba)
+# The same of a Mamba-2 model.
+MAMBA2_ENTRIES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"num_heads": 3}, ["`num_heads` 3 times `head_dim` 4", "`expand` 2 times", " 4"]),
+    ({"head_dim": ...}, ["`head_dim` 64"]),
+    ({"n_groups": 3}, ["`n_groups` must divide the 2 heads", "got 3"]),
+    ({"rms_norm": False}, ["`rms_norm` false"]),
+    ({"time_step_limit": 3}, ["`time_step_limit` must be two ascending numbers", "3"]),
+    ({"time_step_limit": [1.0, 0.5]}, ["`time_step_limit`", "[1.0, 0.5]"]),
+    ({"time_step_limit": [None, 1.0]}, ["`time_step_limit`", "[None, 1.0]"]),
+    ({"time_step_limit": [-1.0, 1.0]}, ["`dt_limit`", "-1.0"]),
+    # What does not fit the tensors: all inner channels are convolved, B and C too.
+    ({"n_groups": 2}, ["conv1d.weight must have shape (20, 1, 3), got (14, 1, 3)"]),
+    ({"state_size": 4}, ["mixer.in_proj.weight must have shape (26, 4), got (24, 4)"]),
+    ({"num_heads": 4, "head_dim": 2}, ["mixer.dt_bias must have shape (4,), got (2,"]),
+    ({"architectures": ["MambaForCausalLM"]}, ["missing: ", "mixer.x_proj.weight"]),
+    ({"tie_word_embeddings": True}, ["lm_head.weight is not backbone.embeddings"]),
+]
 
 
-def test_names_of_the_package_mamba_ssm(mamba):
+@pytest.mark.parametrize(
+    ("config", "entries", "words"),
+    [(MAMBA_CONFIG, *case) for case in MAMBA_ENTRIES]
+    + [(MAMBA2_CONFIG, *case) for case in MAMBA2_ENTRIES],
+    ids=lambda value: (
+        str(dict(value).get("model_type", value)) if isinstance(value, dict) else ""
+    ),
+)
+def test_mambas_that_do_not_fit(config, entries, words, tmp_path):
+    write(tmp_path, config)
+    change(tmp_path, **entries)
+    with refused(str(tmp_path), *words):
+        load_hf(tmp_path)
+
+
+def test_names_of_the_package_mamba_ssm(tmp_path):
     """Its tensors under a config.json of transformers."""
-    tensors = load_file(mamba / WEIGHTS)
+    tensors = write(tmp_path, MAMBA_CONFIG)
     table = tensors.pop("backbone.embeddings.weight")
-    save_file(tensors | {"backbone.embedding.weight": table}, mamba / WEIGHTS)
+    save_file(tensors | {"backbone.embedding.weight": table}, tmp_path / WEIGHTS)
     with refused(
         "missing: backbone.embeddings.weight", "no place for: backbone.embedding.weight"
     ):
-        load_hf(mamba)
+        load_hf(tmp_path)

@@ -14,15 +14,18 @@ from capibara_eqx.layers import (
     GLU,
     Attention,
     Conv1DBlock,
+    GatedRMSNorm,
     Linear,
     LinearScaling,
     Mamba,
     MoE,
+    RMSNorm,
     TokenEmbedding,
 )
 from capibara_eqx.models import (
     ResidualBlock,
     TransformerBlock,
+    mamba2_language_model,
     mamba_language_model,
     transformer_language_model,
 )
@@ -65,6 +68,11 @@ def mamba(where: Any = None, value: Any = None) -> Any:
     return whole if where is None else eqx.tree_at(where, whole, value)
 
 
+def mamba2(**options: Any) -> Any:
+    arguments: dict[str, Any] = {"d_state": 2, "head_dim": 4, "n_groups": 2} | options
+    return mamba2_language_model(11, 8, 2, **arguments, key=KEY)
+
+
 def conv(**options: Any) -> Any:
     block = Conv1DBlock(16, 16, 4, groups=16, **options, key=KEY)
     return mamba(lambda m: m.stack.blocks[1].mixer.conv, block)
@@ -100,6 +108,26 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
     "a map without its bias": (
         mamba(lambda m: m.stack.blocks[1].mixer.dt_proj, Linear(1, 16, False, key=KEY)),
         ["are not: stack.blocks.1.mixer.dt_proj.bias"],
+    ),
+    "norm before gate": (
+        mamba2(norm_before_gate=True),
+        ["cannot write this model as Mamba2ForCausalLM", "`norm_before_gate`"],
+    ),
+    "norm groups": (
+        eqx.tree_at(lambda m: m.stack.blocks[1].mixer.norm, mamba2(), GatedRMSNorm(16)),
+        ["block 1: the mixer's norm has 1 groups, not 2"],
+    ),
+    "norm of another kind": (
+        eqx.tree_at(lambda m: m.stack.blocks[0].mixer.norm, mamba2(), RMSNorm(16)),
+        ["block 0: the mixer's norm is RMSNorm"],
+    ),
+    "norm eps": (
+        mamba2(norm_eps=0.5),
+        ["norms have an `eps` of their own: [1e-05, 0.5]"],
+    ),
+    "both mambas": (
+        mamba(lambda m: m.stack.blocks[0], mamba2().stack.blocks[0]),
+        ["several kinds: ResidualBlock of Mamba2, ResidualBlock of Mamba"],
     ),
     "kinds": (
         blocks(lambda _: ResidualBlock(Mamba(8, 2, key=KEY), 8)),
@@ -195,8 +223,7 @@ def test_an_architecture_that_was_named(tmp_path):
     with refused("as Qwen2ForCausalLM", "use_bias=False", "can be (True, False)"):
         save_hf(model(), tmp_path, architecture="Qwen2ForCausalLM")
     with refused(
-        "as MambaForCausalLM: its blocks are TransformerBlock, which there are",
-        "ResidualBlock of Mamba",
+        "as MambaForCausalLM: its blocks are TransformerBlock, not ResidualBlock of Ma"
     ):
         save_hf(model(), tmp_path, architecture="MambaForCausalLM")
     with refused("as LlamaForCausalLM: its blocks are ResidualBlock of Mamba"):

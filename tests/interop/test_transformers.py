@@ -1,7 +1,5 @@
 """Models of transformers read here, and models from here read by transformers."""
 
-import copy
-import functools
 import json
 from typing import Any, NamedTuple
 
@@ -14,17 +12,16 @@ from support.model_oracle import moved
 from support.quick import built
 
 from capibara_eqx.interop import load_hf, save_hf
-from capibara_eqx.interop._hf_config import read_config
 from capibara_eqx.layers import (
     LinearScaling,
     Llama3Scaling,
     NTKScaling,
     YaRNScaling,
-    rotary_frequencies,
 )
 from capibara_eqx.models import (
     LanguageModel,
     generate,
+    mamba2_language_model,
     mamba_language_model,
     transformer_language_model,
 )
@@ -105,9 +102,28 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         },
         False,
     ),
+    "mamba2": ("Mamba2", {}, True),
+    "mamba2-odd": (
+        "Mamba2",
+        {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "tie_word_embeddings": True,
+            "expand": 3,
+            "num_heads": 12,
+            "n_groups": 4,
+            "conv_kernel": 2,
+            "hidden_act": "gelu",
+            "layer_norm_epsilon": 1e-3,
+            # In transformers of the whole text only.
+            "time_step_limit": (0.4, 0.8),
+            "chunk_size": 4,
+        },
+        False,
+    ),
 }
 # With a bias of its first map transformers' convolution sees that bias at padding.
-PADDING_IS_SEEN = ("mamba-odd",)
+PADDING_IS_SEEN = ("mamba-odd", "mamba2-odd")
 
 
 # Where a text is generated as well: every architecture, every kind of cache.
@@ -118,6 +134,7 @@ GENERATING = (
     "qwen3-windows-biases",
     "mixtral",
     "mamba",
+    "mamba2",
 )
 
 SIZES: dict[str, Any] = {
@@ -134,7 +151,10 @@ ATTENTION_SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-OWN_SIZES = {"Mamba": {"state_size": 5}}
+OWN_SIZES = {
+    "Mamba": {"state_size": 5},
+    "Mamba2": {"state_size": 5, "num_heads": 8, "head_dim": 8, "n_groups": 2},
+}
 
 
 class Pair(NamedTuple):
@@ -288,10 +308,17 @@ def test_transformers_that_were_made_here(options, tmp_path):
     assert_equal_logits(logits, their_logits(theirs.eval(), tokens()))
 
 
+MAMBAS: list[tuple[Any, dict[str, Any]]] = [
+    (mamba_language_model, {"dt_rank": 3, "expand": 1}),
+    (mamba2_language_model, {"head_dim": 4, "n_groups": 4, "dt_limit": (0.1, 2.0)}),
+]
+
+
 @pytest.mark.parametrize("scan", [False, True])
-def test_mamba_that_was_made_here(scan, tmp_path):
-    make = functools.partial(mamba_language_model, VOCAB, 32, 3, d_state=5, expand=1)
-    ours = moved(built(make, dt_rank=3, scan=scan, key=jax.random.key(0)), 1)
+@pytest.mark.parametrize(("make", "options"), MAMBAS, ids=["1", "2"])
+def test_mambas_that_were_made_here(make, options, scan, tmp_path):
+    options = {"d_state": 5, "scan": scan} | options
+    ours = moved(built(make, VOCAB, 32, 3, key=jax.random.key(0), **options), 1)
     save_hf(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     logits = eqx.filter_jit(ours)(jnp.asarray(tokens(), "int32"))
@@ -334,56 +361,3 @@ def test_names_of_older_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     logits = eqx.filter_jit(load_hf(tmp_path))(jnp.asarray(tokens(), "int32"))
     assert_equal_logits(logits, their_logits(theirs, tokens()))
-
-
-# With the sizes of real models.
-REAL_SIZES = {"vocab_size": VOCAB, "hidden_size": 512, "num_hidden_layers": 30}
-REAL_ATTENTION_SIZES = {"intermediate_size": 48, "num_attention_heads": 32}
-REAL_OWN_SIZES: dict[str, dict[str, Any]] = {"Mamba": {}}
-
-
-@pytest.mark.parametrize("sliding", [False, True])
-@pytest.mark.parametrize(
-    "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral", "Mamba"]
-)
-def test_entries_that_are_absent_are_those_of_transformers(name, sliding):
-    given = REAL_SIZES | REAL_OWN_SIZES.get(name, REAL_ATTENTION_SIZES)
-    given |= {"use_sliding_window": True} if sliding else {}
-    whole = getattr(transformers, f"{name}Config")(**given).to_dict()
-    read = [
-        read_config(entries | {"architectures": [f"{name}ForCausalLM"]})
-        for entries in (given, whole)
-    ]
-    assert read[0].problems == []
-    assert read[0].structure == read[1].structure
-
-
-ROPES: list[dict[str, Any]] = [
-    {},
-    {"rope_type": "linear", "factor": 4},
-    LLAMA3 | {"original_max_position_embeddings": 8192},
-    YARN | {"original_max_position_embeddings": 4096},
-    YARN | {"attention_factor": 1.5, "beta_slow": 2},
-    YARN | {"original_max_position_embeddings": 4096} | SCALES,
-    YARN | {"mscale": 0.7, "beta_fast": 20},
-    YARN | {"factor": 0.5, "mscale": 0.7, "mscale_all_dim": 0.9},
-    {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 4096},
-    {"rope_type": "yarn", "factor": 2.0},
-]
-
-
-@pytest.mark.parametrize("parameters", ROPES, ids=str)
-def test_frequencies_are_those_of_transformers(parameters):
-    entries = REAL_SIZES | REAL_ATTENTION_SIZES
-    entries |= {"max_position_embeddings": 65536, "head_dim": 128}
-    entries |= rope(500000.0, **parameters) | {"architectures": ["LlamaForCausalLM"]}
-    structure = read_config(copy.deepcopy(entries)).structure
-    assert structure is not None
-    block: Any = structure.blocks[0]
-    found, size = rotary_frequencies(128, block.rope_base, block.rope_scaling)
-    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
-        transformers.LlamaConfig(**entries)
-    )
-    # Computed in float32 there.
-    np.testing.assert_allclose(found, rotary.inv_freq.numpy(), rtol=2e-6)
-    np.testing.assert_allclose(size, rotary.attention_scaling, rtol=1e-12)

@@ -3,8 +3,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..layers import Embedding, Mamba, RMSNorm
+from ..layers import Embedding, Mamba, Mamba2, RMSNorm
 from ..models import LanguageModel, ResidualBlock, TransformerBlock
+from ._mamba2_spec import Mamba2Spec
 from ._mamba_spec import MambaSpec
 from ._problems import some
 from ._structure import BlockSpec, Structure, abstract_model
@@ -12,7 +13,7 @@ from ._transformer_spec import TransformerSpec
 
 
 # The mixer of a residual block, and what describes the block.
-RESIDUAL: dict[type, type[BlockSpec]] = {Mamba: MambaSpec}
+RESIDUAL: dict[type, type[BlockSpec]] = {Mamba: MambaSpec, Mamba2: Mamba2Spec}
 
 
 class Described(NamedTuple):

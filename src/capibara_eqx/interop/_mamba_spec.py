@@ -3,7 +3,7 @@ from typing import Any, ClassVar
 
 from jaxtyping import DTypeLike, PRNGKeyArray
 
-from ..layers import Mamba, RMSNorm
+from ..layers import GatedRMSNorm, Mamba, RMSNorm
 from ..models import ResidualBlock
 from ._conv_problems import conv_problems
 from ._structure import BlockSpec
@@ -43,7 +43,7 @@ class MambaSpec(BlockSpec):
         )
 
     @staticmethod
-    def norms(block: Any) -> list[RMSNorm]:
+    def norms(block: Any) -> list[RMSNorm | GatedRMSNorm]:
         """See `BlockSpec`."""
         return [block.norm]
 

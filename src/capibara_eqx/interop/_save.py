@@ -98,18 +98,21 @@ def save_hf(
 
 def _choose(structure: Structure, architecture: str | None) -> tuple[str, list[str]]:
     """The first architecture that has all, or else the nearest and what it lacks."""
-    names = [architecture] if architecture else list(ARCHITECTURES)
+    own = structure.blocks[0]
+    if architecture is not None:
+        theirs = ARCHITECTURES[architecture].spec
+        if not isinstance(own, theirs):
+            return architecture, [f"its blocks are {own.kind}, not {theirs.kind}"]
+    fitting = [name for name, a in ARCHITECTURES.items() if isinstance(own, a.spec)]
+    names = [architecture] if architecture else fitting
     lacking = {name: _lacking(structure, name) for name in names}
     best = min(names, key=lambda name: len(lacking[name]))
     return best, lacking[best]
 
 
 def _lacking(structure: Structure, name: str) -> list[str]:
-    kind = ARCHITECTURES[name]
-    own = structure.blocks[0]
-    if not isinstance(own, kind.spec):
-        return [f"its blocks are {own.kind}, which there are {kind.spec.kind}"]
-    return [] if kind.lacking is None else kind.lacking(structure)
+    lacking = ARCHITECTURES[name].lacking
+    return [] if lacking is None else lacking(structure)
 
 
 def _contradictions(

@@ -7,7 +7,7 @@ import equinox as eqx
 import jax
 from jaxtyping import DTypeLike, PRNGKeyArray
 
-from ..layers import RMSNorm
+from ..layers import GatedRMSNorm, RMSNorm
 from ..models import AbstractBlock, LanguageModel
 
 
@@ -34,7 +34,7 @@ class BlockSpec(abc.ABC):
 
     @staticmethod
     @abc.abstractmethod
-    def norms(block: Any) -> list[RMSNorm]:
+    def norms(block: Any) -> list[RMSNorm | GatedRMSNorm]:
         """All norms of the block, which have one `eps`."""
 
     @abc.abstractmethod

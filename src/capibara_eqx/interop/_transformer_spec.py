@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 from jaxtyping import DTypeLike, PRNGKeyArray
 
-from ..layers import GLU, Attention, MoE, RMSNorm, RopeScaling, SwiGLU
+from ..layers import GLU, Attention, GatedRMSNorm, MoE, RMSNorm, RopeScaling, SwiGLU
 from ..models import TransformerBlock
 from ._hf_rope import without_ntk
 from ._structure import BlockSpec
@@ -63,7 +63,7 @@ class TransformerSpec(BlockSpec):
         )
 
     @staticmethod
-    def norms(block: Any) -> list[RMSNorm]:
+    def norms(block: Any) -> list[RMSNorm | GatedRMSNorm]:
         """See `BlockSpec`."""
         mixer = block.mixer
         norms = [block.mixer_norm, block.feed_forward_norm, mixer.q_norm, mixer.k_norm]
