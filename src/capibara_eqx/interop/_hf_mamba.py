@@ -53,7 +53,7 @@ def _read_mamba2(config: Entries) -> Structure:
         head_dim=head_dim,
         n_groups=config.size("n_groups", 8),
         dt_limit=config.interval("time_step_limit", _NO_LIMIT),
-        # Older config.json say true, which transformers never heeded.
+        # Older config.json say true, which transformers does not heed.
         norm_before_gate=False,
         bias=config.flag("use_bias", False),
         conv_bias=config.flag("use_conv_bias", True),
@@ -69,7 +69,7 @@ def _rank(config: Entries, auto: int) -> int:
 
 
 def _activation(config: Entries) -> str:
-    """That of the convolution; the gate is silu in every implementation."""
+    """That of the convolution; the gate is silu in transformers 5 whatever it says."""
     name = config.get("hidden_act")
     name = "silu" if name is None else name
     if name not in _ACTIVATIONS:

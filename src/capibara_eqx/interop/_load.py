@@ -40,8 +40,9 @@ def load_hf(
     The folder holds config.json and the weights as safetensors, in one file or in
     several with an index. Read are `LlamaForCausalLM`, `MistralForCausalLM`,
     `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `MixtralForCausalLM`, with rotary
-    positions that are plain, linear, llama3 or yarn, and `MambaForCausalLM`. What would
-    change the result and is not supported is an error. Nothing is downloaded.
+    positions that are plain, linear, llama3 or yarn, `MambaForCausalLM` and
+    `Mamba2ForCausalLM`. What would change the result and is not supported is an error.
+    Nothing is downloaded.
 
     The model computes what transformers computes for a whole text, but for rounding,
     and the same from a cache. Padding is a negative `segment_ids`, where transformers
@@ -55,8 +56,8 @@ def load_hf(
         wider, such as `Mamba.A_log`; every tensor keeps its own if not given.
     - `scan`, `remat`: see `models.Stack`. Layers with and without a window cannot be
         scanned.
-    - `implementation`: passed to `kernels.attention`, or to `kernels.selective_scan`
-        and `kernels.causal_conv`.
+    - `implementation`: passed to `kernels.attention`, or to `kernels.causal_conv` with
+        `kernels.selective_scan` or `kernels.ssd`.
 
     **Returns:**
 

@@ -41,12 +41,13 @@ def save_hf(
     **Arguments:**
 
     - `model`: of `TransformerBlock`s with causal, rotary `Attention` and `SwiGLU` or
-        `MoE`, or of `ResidualBlock`s with `Mamba`; scanned or not.
+        `MoE`, or of `ResidualBlock`s with `Mamba` or with `Mamba2`; scanned or not.
     - `path`: the folder, made if it is not there.
     - `architecture`: such as `"LlamaForCausalLM"`; if not given, the first that has
         all that the model has: `LlamaForCausalLM`, `MistralForCausalLM` (a window),
         `Qwen2ForCausalLM` (biases of queries, keys and values), `Qwen3ForCausalLM`
-        (`qk_norm`), `MixtralForCausalLM` (experts), `MambaForCausalLM`.
+        (`qk_norm`), `MixtralForCausalLM` (experts), `MambaForCausalLM`,
+        `Mamba2ForCausalLM`.
     - `config`: further entries of config.json, such as `eos_token_id` or
         `max_position_embeddings`. They may be a whole config.json, but must not
         contradict the model.
