@@ -17,7 +17,7 @@ _NO_LIMIT = (0.0, math.inf)
 
 def _read_mamba(config: Entries) -> Structure:
     d_model = config.size("hidden_size")
-    # Only in config.json if it was given, and then it is what counts.
+    # Beside it transformers does not look at `expand`.
     d_inner = config.size("intermediate_size", config.size("expand", 2) * d_model)
     if d_inner % d_model:
         config.refuse(
