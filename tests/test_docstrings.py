@@ -32,6 +32,7 @@ RESULTS = (
     "HippoMatrices",
     "LinearSSMCache",
     "KVCache",
+    "Mamba2Cache",
     "MambaCache",
     "S5Cache",
     "Cost",

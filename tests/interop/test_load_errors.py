@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.checkpoint_oracle import MAMBA2_CONFIG, MAMBA_CONFIG, write
 from support.messages import refused
 
 from capibara_eqx.interop import load_hf, save_hf
@@ -265,3 +266,76 @@ def test_layer_types_that_are_not_heeded(folder):
     change(folder, layer_types=["sliding_attention", "full_attention"])
     with refused("`layer_types`", "mistral"):
         load_hf(folder)
+
+
+# Entries of a Mamba model's config.json, what the message says.
+MAMBA_ENTRIES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"architectures": ["FalconMambaForCausalLM"]}, ["mean 'MambaForCausalLM'"]),
+    (
+        {"architectures": None, "model_type": None, "ssm_cfg": {}},
+        ["`ssm_cfg`", "mamba_ssm", "-hf"],
+    ),
+    ({"state_size": 0}, ["`state_size` must be a positive integer", "0"]),
+    ({"intermediate_size": 9}, ["`intermediate_size` 9", "multiple", "4"]),
+    ({"intermediate_size": ..., "expand": 1.5}, ["`expand`", "positive integer, got"]),
+    ({"time_step_rank": "full"}, ["`time_step_rank`", "'full'"]),
+    ({"hidden_act": "gelu_new"}, ["`hidden_act` 'gelu_new'", "silu, swish, gelu"]),
+    ({"use_bias": "no"}, ["`use_bias` must be true or false, got 'no'"]),
+    ({"use_conv_bias": 1}, ["`use_conv_bias` must be true or false"]),
+    ({"residual_in_fp32": 32}, ["`residual_in_fp32` must be true or false"]),
+    ({"layer_norm_epsilon": 0.0}, ["`layer_norm_epsilon`", "above 0"]),
+    ({"conv_kernel": None, "num_hidden_layers": ...}, ["`num_hidden_layers` is miss"]),
+    ({"quantization_config": {"bits": 4}}, ["`quantization_config`", "Dequantize"]),
+    # What does not fit the tensors.
+    ({"use_bias": True}, ["missing: backbone.layers.0.mixer.in_proj.bias"]),
+    ({"use_conv_bias": False}, ["no place for: backbone.layers.0.mixer.conv1d.bias"]),
+    ({"conv_kernel": 4}, ["mixer.conv1d.weight must have shape (8, 1, 4), got (8, 1"]),
+    ({"time_step_rank": 2}, ["mixer.x_proj.weight must have shape (8, 8), got (7, 8)"]),
+    ({"vocab_size": 10}, ["backbone.embeddings.weight", "(10, 4), got (11, 4)"]),
+    ({"tie_word_embeddings": False}, ["missing: lm_head.weight"]),
+]
+
+
+# The same of a Mamba-2 model.
+MAMBA2_ENTRIES: list[tuple[dict[str, Any], list[str]]] = [
+    ({"num_heads": 3}, ["`num_heads` 3 times `head_dim` 4", "`expand` 2 times", " 4"]),
+    ({"head_dim": ...}, ["`head_dim` 64"]),
+    ({"n_groups": 3}, ["`n_groups` must divide the 2 heads", "got 3"]),
+    ({"rms_norm": False}, ["`rms_norm` false"]),
+    ({"time_step_limit": 3}, ["`time_step_limit` must be two ascending numbers", "3"]),
+    ({"time_step_limit": [1.0, 0.5]}, ["`time_step_limit`", "[1.0, 0.5]"]),
+    ({"time_step_limit": [None, 1.0]}, ["`time_step_limit`", "[None, 1.0]"]),
+    ({"time_step_limit": [-1.0, 1.0]}, ["`dt_limit`", "-1.0"]),
+    # What does not fit the tensors: all inner channels are convolved, B and C too.
+    ({"n_groups": 2}, ["conv1d.weight must have shape (20, 1, 3), got (14, 1, 3)"]),
+    ({"state_size": 4}, ["mixer.in_proj.weight must have shape (26, 4), got (24, 4)"]),
+    ({"num_heads": 4, "head_dim": 2}, ["mixer.dt_bias must have shape (4,), got (2,"]),
+    ({"architectures": ["MambaForCausalLM"]}, ["missing: ", "mixer.x_proj.weight"]),
+    ({"tie_word_embeddings": True}, ["lm_head.weight is not backbone.embeddings"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "entries", "words"),
+    [(MAMBA_CONFIG, *case) for case in MAMBA_ENTRIES]
+    + [(MAMBA2_CONFIG, *case) for case in MAMBA2_ENTRIES],
+    ids=lambda value: (
+        str(dict(value).get("model_type", value)) if isinstance(value, dict) else ""
+    ),
+)
+def test_mambas_that_do_not_fit(config, entries, words, tmp_path):
+    write(tmp_path, config)
+    change(tmp_path, **entries)
+    with refused(str(tmp_path), *words):
+        load_hf(tmp_path)
+
+
+def test_names_of_the_package_mamba_ssm(tmp_path):
+    """Its tensors under a config.json of transformers."""
+    tensors = write(tmp_path, MAMBA_CONFIG)
+    table = tensors.pop("backbone.embeddings.weight")
+    save_file(tensors | {"backbone.embedding.weight": table}, tmp_path / WEIGHTS)
+    with refused(
+        "missing: backbone.embeddings.weight", "no place for: backbone.embedding.weight"
+    ):
+        load_hf(tmp_path)

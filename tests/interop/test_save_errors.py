@@ -13,14 +13,19 @@ from capibara_eqx.interop import load_hf, save_hf
 from capibara_eqx.layers import (
     GLU,
     Attention,
+    Conv1DBlock,
+    GatedRMSNorm,
+    Linear,
     LinearScaling,
     Mamba,
     MoE,
+    RMSNorm,
     TokenEmbedding,
 )
 from capibara_eqx.models import (
     ResidualBlock,
     TransformerBlock,
+    mamba2_language_model,
     mamba_language_model,
     transformer_language_model,
 )
@@ -28,6 +33,8 @@ from capibara_eqx.models import (
 
 pytestmark = pytest.mark.errors
 KEY = jax.random.key(0)
+# A block that is none of ours, whatever it does.
+Relabelled: Any = type("Relabelled", (ResidualBlock,), {})
 
 
 def model(**options: Any) -> Any:
@@ -55,16 +62,76 @@ def attention(**options: Any) -> Any:
     return with_part("mixer", Attention(8, 2, **arguments, key=KEY))
 
 
+def mamba(where: Any = None, value: Any = None) -> Any:
+    """A model of Mamba blocks with `value` in the place of a part."""
+    whole = mamba_language_model(11, 8, 2, d_state=2, key=KEY)
+    return whole if where is None else eqx.tree_at(where, whole, value)
+
+
+def mamba2(**options: Any) -> Any:
+    arguments: dict[str, Any] = {"d_state": 2, "head_dim": 4, "n_groups": 2} | options
+    return mamba2_language_model(11, 8, 2, **arguments, key=KEY)
+
+
+def conv(**options: Any) -> Any:
+    block = Conv1DBlock(16, 16, 4, groups=16, **options, key=KEY)
+    return mamba(lambda m: m.stack.blocks[1].mixer.conv, block)
+
+
 # A model, what the message says.
 MODELS: dict[str, tuple[Any, list[str]]] = {
-    "mamba": (
-        mamba_language_model(11, 8, 2, d_state=2, key=KEY),
-        ["2 problems", "block 0: ResidualBlock", "block 1: ResidualBlock"],
+    "residual attention": (
+        blocks(lambda b: ResidualBlock(b.mixer, 8)),
+        ["block 1: the mixer of the ResidualBlock is Attention, not Mamba"],
+    ),
+    "no block of ours": (
+        blocks(lambda b: Relabelled(b.mixer, 8)),
+        ["block 1: Relabelled is neither TransformerBlock nor ResidualBlock"],
     ),
     "no model": (Mamba(8, 2, key=KEY), ["`model`", "LanguageModel", "Mamba"]),
-    "one block": (
+    "a conv of another kind": (
+        conv(dilation=2, residual=True, norm="rms"),
+        ["3 problems", "block 1: the convolution's `dilation` is 2, not 1", "`norm`"],
+    ),
+    "no activation": (conv(activation=None), ["block 1", "has no `activation`"]),
+    "no conv": (
+        mamba(lambda m: m.stack.blocks[0].mixer.conv, Linear(16, 16, key=KEY)),
+        ["block 0: the convolution is Linear, not Conv1DBlock"],
+    ),
+    "mamba sizes": (
+        mamba(
+            lambda m: m.stack.blocks[1],
+            ResidualBlock(Mamba(8, 3, expand=1, key=KEY), 8),
+        ),
+        ["differ in d_state, expand"],
+    ),
+    "a map without its bias": (
+        mamba(lambda m: m.stack.blocks[1].mixer.dt_proj, Linear(1, 16, False, key=KEY)),
+        ["are not: stack.blocks.1.mixer.dt_proj.bias"],
+    ),
+    "norm before gate": (
+        mamba2(norm_before_gate=True),
+        ["cannot write this model as Mamba2ForCausalLM", "`norm_before_gate`"],
+    ),
+    "norm groups": (
+        eqx.tree_at(lambda m: m.stack.blocks[1].mixer.norm, mamba2(), GatedRMSNorm(16)),
+        ["block 1: the mixer's norm has 1 groups, not 2"],
+    ),
+    "norm of another kind": (
+        eqx.tree_at(lambda m: m.stack.blocks[0].mixer.norm, mamba2(), RMSNorm(16)),
+        ["block 0: the mixer's norm is RMSNorm"],
+    ),
+    "norm eps": (
+        mamba2(norm_eps=0.5),
+        ["norms have an `eps` of their own: [1e-05, 0.5]"],
+    ),
+    "both mambas": (
+        mamba(lambda m: m.stack.blocks[0], mamba2().stack.blocks[0]),
+        ["several kinds: ResidualBlock of Mamba2, ResidualBlock of Mamba"],
+    ),
+    "kinds": (
         blocks(lambda _: ResidualBlock(Mamba(8, 2, key=KEY), 8)),
-        ["block 1: ResidualBlock is not TransformerBlock"],
+        ["of several kinds: TransformerBlock, ResidualBlock of Mamba"],
     ),
     "mixer": (
         blocks(lambda b: TransformerBlock(Mamba(8, 2, key=KEY), b.feed_forward, 8)),
@@ -94,7 +161,10 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
         attention(rope_scaling=LinearScaling(2.0)),
         ["differ in rope_scaling"],
     ),
-    "eps": (attention(qk_norm=True, eps=0.1), ["differ in eps, qk_norm"]),
+    "eps": (
+        attention(qk_norm=True, eps=0.1),
+        ["2 problems", "`eps` of their own: [1e-05, 0.1]", "differ in qk_norm"],
+    ),
     "window and bias": (
         model(window=3, use_bias=True),
         ["as LlamaForCausalLM: it has a `window`"],
@@ -152,6 +222,12 @@ def test_an_architecture_that_was_named(tmp_path):
         )
     with refused("as Qwen2ForCausalLM", "use_bias=False", "can be (True, False)"):
         save_hf(model(), tmp_path, architecture="Qwen2ForCausalLM")
+    with refused(
+        "as MambaForCausalLM: its blocks are TransformerBlock, not ResidualBlock of Ma"
+    ):
+        save_hf(model(), tmp_path, architecture="MambaForCausalLM")
+    with refused("as LlamaForCausalLM: its blocks are ResidualBlock of Mamba"):
+        save_hf(mamba(), tmp_path, architecture="LlamaForCausalLM")
     save_hf(model(), tmp_path, architecture="MistralForCausalLM")
     assert load_hf(tmp_path).stack.num_blocks == 2
 
@@ -161,6 +237,10 @@ def test_a_config_that_contradicts_the_model(tmp_path):
         save_hf(model(), tmp_path, config={"intermediate_size": 7, "rms_norm_eps": 0.5})
     with refused("`config` says MistralForCausalLM", "`architecture`"):
         save_hf(model(), tmp_path, config={"architectures": ["MistralForCausalLM"]})
+    with refused("`config` says LlamaForCausalLM", "written as MambaForCausalLM"):
+        save_hf(mamba(), tmp_path, config={"architectures": ["LlamaForCausalLM"]})
+    with refused("2 problems", "`d_state` 3, the model has 2", "`n_layers` 4"):
+        save_hf(mamba(), tmp_path, config={"state_size": 3, "num_hidden_layers": 4})
     with refused("`config`", "'gelu'"):
         save_hf(model(), tmp_path, config={"hidden_act": "gelu"})
 

@@ -1,8 +1,6 @@
 """Models of transformers read here, and models from here read by transformers."""
 
-import copy
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -11,19 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.model_oracle import moved
+from support.quick import built
 
 from capibara_eqx.interop import load_hf, save_hf
-from capibara_eqx.interop._hf_config import read_config
 from capibara_eqx.layers import (
     LinearScaling,
     Llama3Scaling,
     NTKScaling,
     YaRNScaling,
-    rotary_frequencies,
 )
 from capibara_eqx.models import (
     LanguageModel,
     generate,
+    mamba2_language_model,
+    mamba_language_model,
     transformer_language_model,
 )
 
@@ -88,7 +87,43 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
         {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 5},
         False,
     ),
+    "mamba": ("Mamba", {}, True),
+    "mamba-odd": (
+        "Mamba",
+        {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "tie_word_embeddings": False,
+            "expand": 3,
+            "time_step_rank": 5,
+            "conv_kernel": 2,
+            "hidden_act": "gelu",
+            "layer_norm_epsilon": 1e-3,
+        },
+        False,
+    ),
+    "mamba2": ("Mamba2", {}, True),
+    "mamba2-odd": (
+        "Mamba2",
+        {
+            "use_bias": True,
+            "use_conv_bias": False,
+            "tie_word_embeddings": True,
+            "expand": 3,
+            "num_heads": 12,
+            "n_groups": 4,
+            "conv_kernel": 2,
+            "hidden_act": "gelu",
+            "layer_norm_epsilon": 1e-3,
+            # In transformers of the whole text only.
+            "time_step_limit": (0.4, 0.8),
+            "chunk_size": 4,
+        },
+        False,
+    ),
 }
+# With a bias of its first map transformers' convolution sees that bias at padding.
+PADDING_IS_SEEN = ("mamba-odd", "mamba2-odd")
 
 
 # Where a text is generated as well: every architecture, every kind of cache.
@@ -98,32 +133,41 @@ GENERATING = (
     "qwen2",
     "qwen3-windows-biases",
     "mixtral",
+    "mamba",
+    "mamba2",
 )
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+ATTENTION_SIZES = {
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+OWN_SIZES = {
+    "Mamba": {"state_size": 5},
+    "Mamba2": {"state_size": 5, "num_heads": 8, "head_dim": 8, "n_groups": 2},
+}
 
 
 class Pair(NamedTuple):
-    """One model on either side, and the folder that it was written to."""
+    """One model on either side."""
 
     theirs: Any
     ours: LanguageModel
-    folder: Path
+    padding_is_seen: bool
 
 
 def their_model(name: str, options: dict[str, Any]) -> Any:
     """A tiny model with random parameters, none of them zero or one."""
-    arguments = {
-        "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": None,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **options,
-    }
+    arguments = SIZES | OWN_SIZES.get(name, ATTENTION_SIZES) | options
     config = getattr(transformers, f"{name}Config")(**arguments)
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -140,7 +184,8 @@ def pair(request, tmp_path_factory) -> Pair:
     theirs = their_model(name, options)
     folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder)
-    return Pair(theirs, load_hf(folder, scan=scan), folder)
+    seen = request.param in PADDING_IS_SEEN
+    return Pair(theirs, load_hf(folder, scan=scan), seen)
 
 
 def tokens() -> np.ndarray:
@@ -201,6 +246,8 @@ def test_logits_are_those_of_transformers(pair):
     )
     for found in logits.values():
         assert_equal_logits(found, expected)
+    if pair.padding_is_seen:
+        return
     expected = their_logits(pair.theirs, ids, mask)
     assert_equal_logits(np.asarray(padded)[mask], expected[mask])
 
@@ -250,12 +297,29 @@ OWN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("options", OWN, ids=str)
-def test_models_that_were_made_here(options, tmp_path):
+def test_transformers_that_were_made_here(options, tmp_path):
     arguments: dict[str, Any] = {"n_heads": 4, "n_kv_heads": 2} | options
     key = jax.random.key(0)
     ours = transformer_language_model(VOCAB, 32, 2, **arguments, key=key)
     ours = moved(ours, 1)
     save_hf(ours, tmp_path, config={"max_position_embeddings": 4096})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    logits = eqx.filter_jit(ours)(jnp.asarray(tokens(), "int32"))
+    assert_equal_logits(logits, their_logits(theirs.eval(), tokens()))
+
+
+MAMBAS: list[tuple[Any, dict[str, Any]]] = [
+    (mamba_language_model, {"dt_rank": 3, "expand": 1}),
+    (mamba2_language_model, {"head_dim": 4, "n_groups": 4, "dt_limit": (0.1, 2.0)}),
+]
+
+
+@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(("make", "options"), MAMBAS, ids=["1", "2"])
+def test_mambas_that_were_made_here(make, options, scan, tmp_path):
+    options = {"d_state": 5, "scan": scan} | options
+    ours = moved(built(make, VOCAB, 32, 3, key=jax.random.key(0), **options), 1)
+    save_hf(ours, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     logits = eqx.filter_jit(ours)(jnp.asarray(tokens(), "int32"))
     assert_equal_logits(logits, their_logits(theirs.eval(), tokens()))
@@ -297,55 +361,3 @@ def test_names_of_older_files(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     logits = eqx.filter_jit(load_hf(tmp_path))(jnp.asarray(tokens(), "int32"))
     assert_equal_logits(logits, their_logits(theirs, tokens()))
-
-
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 512,
-    "intermediate_size": 48,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 32,
-}
-
-
-@pytest.mark.parametrize("sliding", [False, True])
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Mixtral"])
-def test_entries_that_are_absent_are_those_of_transformers(name, sliding):
-    given = SIZES | ({"use_sliding_window": True} if sliding else {})
-    whole = getattr(transformers, f"{name}Config")(**given).to_dict()
-    read = [
-        read_config(entries | {"architectures": [f"{name}ForCausalLM"]})
-        for entries in (given, whole)
-    ]
-    assert read[0].problems == []
-    assert read[0].decoder == read[1].decoder
-
-
-# With the sizes of real models.
-ROPES: list[dict[str, Any]] = [
-    {},
-    {"rope_type": "linear", "factor": 4},
-    LLAMA3 | {"original_max_position_embeddings": 8192},
-    YARN | {"original_max_position_embeddings": 4096},
-    YARN | {"attention_factor": 1.5, "beta_slow": 2},
-    YARN | {"original_max_position_embeddings": 4096} | SCALES,
-    YARN | {"mscale": 0.7, "beta_fast": 20},
-    YARN | {"factor": 0.5, "mscale": 0.7, "mscale_all_dim": 0.9},
-    {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 4096},
-    {"rope_type": "yarn", "factor": 2.0},
-]
-
-
-@pytest.mark.parametrize("parameters", ROPES, ids=str)
-def test_frequencies_are_those_of_transformers(parameters):
-    entries = SIZES | {"max_position_embeddings": 65536, "head_dim": 128}
-    entries |= rope(500000.0, **parameters) | {"architectures": ["LlamaForCausalLM"]}
-    decoder = read_config(copy.deepcopy(entries)).decoder
-    assert decoder is not None
-    found, size = rotary_frequencies(128, decoder.rope_base, decoder.rope_scaling)
-    rotary = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(
-        transformers.LlamaConfig(**entries)
-    )
-    # Computed in float32 there.
-    np.testing.assert_allclose(found, rotary.inv_freq.numpy(), rtol=2e-6)
-    np.testing.assert_allclose(size, rotary.attention_scaling, rtol=1e-12)

@@ -60,6 +60,18 @@ class Entries:
         self.refuse(f"`{name}` must be true or false, got {value!r}")
         return default
 
+    def interval(self, name: str, default: tuple[float, float]) -> tuple[float, float]:
+        """Two numbers, the second of which may be infinity."""
+        value = self.get(name)
+        if value is None:
+            return default
+        pair = isinstance(value, list | tuple) and len(value) == 2
+        low, high = map(_number, value) if pair else (None, None)
+        if low is None or high is None or not low <= high:
+            self.refuse(f"`{name}` must be two ascending numbers, got {value!r}")
+            return default
+        return low, high
+
     def section(self, name: str) -> "Entries | None":
         """The object under `name`, `None` if it is absent or empty."""
         value = self.get(name)
@@ -81,3 +93,11 @@ class Entries:
             self.refuse(f"`{name}` must be {what}, got {value!r}")
             return 1
         return value
+
+
+def _number(value: Any) -> float | None:
+    """A number, infinity in the way of transformers 5 too, which JSON has none for."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    infinite = isinstance(value, Mapping) and value.get("__float__") == "Infinity"
+    return np.inf if infinite else None

@@ -3,7 +3,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +11,11 @@ from jaxtyping import DTypeLike
 from ..internal import require_extra
 from ..models import LanguageModel
 from ._checkpoint_files import Checkpoint, StoredTensor, open_checkpoint
-from ._decoder import Decoder, abstract_model
 from ._describe import array_leaves
-from ._hf_config import read_config
-from ._hf_names import DERIVED, MODEL, tensor_names
+from ._hf_config import ARCHITECTURES, read_config
+from ._hf_names import Names, tensor_names
 from ._problems import refuse, some
+from ._structure import Structure, abstract_model
 
 
 # Names of safetensors.
@@ -36,26 +35,29 @@ def load_hf(
     remat: str | Callable[..., bool] | None = None,
     implementation: str | None = None,
 ) -> LanguageModel:
-    """A language model of the Llama family from a local Hugging Face checkpoint.
+    """A language model from a local Hugging Face checkpoint.
 
     The folder holds config.json and the weights as safetensors, in one file or in
     several with an index. Read are `LlamaForCausalLM`, `MistralForCausalLM`,
     `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `MixtralForCausalLM`, with rotary
-    positions that are plain, linear, llama3 or yarn. What would change the result and
-    is not supported is an error. Nothing is downloaded.
+    positions that are plain, linear, llama3 or yarn, `MambaForCausalLM` and
+    `Mamba2ForCausalLM`. What would change the result and is not supported is an error.
+    Nothing is downloaded.
 
-    The model computes what transformers computes, but for rounding. Padding is a
-    negative `segment_ids`, where transformers has a zero `attention_mask`. A model with
-    an `attention_dropout` comes with dropout off: `eqx.nn.inference_mode(model, False)`
-    turns it on.
+    The model computes what transformers computes for a whole text, but for rounding,
+    and the same from a cache. Padding is a negative `segment_ids`, where transformers
+    has a zero `attention_mask`. A model with an `attention_dropout` comes with dropout
+    off: `eqx.nn.inference_mode(model, False)` turns it on.
 
     **Arguments:**
 
     - `path`: the folder.
-    - `dtype`: of the parameters; every tensor keeps its own if not given.
+    - `dtype`: of the parameters, but for those that the layers keep in float32 or
+        wider, such as `Mamba.A_log`; every tensor keeps its own if not given.
     - `scan`, `remat`: see `models.Stack`. Layers with and without a window cannot be
         scanned.
-    - `implementation`: passed to `kernels.attention`.
+    - `implementation`: passed to `kernels.attention`, or to `kernels.causal_conv` with
+        `kernels.selective_scan` or `kernels.ssd`.
 
     **Returns:**
 
@@ -91,36 +93,40 @@ def load_hf(
         )
     with open_checkpoint(folder) as checkpoint:
         problems = list(checkpoint.problems)
-        decoder = None
+        model = names = None
         if checkpoint.config is not None:
             config = read_config(checkpoint.config)
-            decoder = config.decoder
             problems += config.problems
-        model = None
-        if decoder is not None:
-            model = _abstract(decoder, problems, scan, remat, implementation)
-            if model is not None and checkpoint.complete:
-                tied = decoder.tie_embeddings
-                problems += _mismatches(model, checkpoint, dtype, tied)
+            if config.structure is not None and config.architecture is not None:
+                names = ARCHITECTURES[config.architecture].names
+                model = _abstract(
+                    config.structure, problems, scan, remat, implementation, dtype
+                )
+                if model is not None and checkpoint.complete:
+                    problems += _mismatches(model, names, checkpoint, dtype)
         refuse("load_hf", f"cannot read {folder}", problems)
-        assert decoder is not None  # or there was a problem
-        assert model is not None
-        loaded = _fill(model, checkpoint, dtype)
-    return eqx.nn.inference_mode(loaded) if decoder.dropout_p > 0 else loaded
+        assert model is not None  # or there was a problem
+        assert names is not None
+        return _fill(model, names, checkpoint, own_dtypes=dtype is None)
 
 
 def _abstract(
-    decoder: Decoder, problems: list[str], scan: bool, remat, implementation
+    structure: Structure, problems: list[str], scan: bool, remat, implementation, dtype
 ) -> LanguageModel | None:
-    if scan and len(set(decoder.windows)) > 1:
+    differing = structure.differing()
+    if scan and differing:
         problems.append(
-            "config.json: some layers have a window and some have none, so that they "
+            f"config.json: layers differ in {', '.join(differing)}, so that they "
             "cannot be scanned. Pass scan=False"
         )
         scan = False
     try:
         return abstract_model(
-            decoder, scan=scan, remat=remat, implementation=implementation
+            structure,
+            scan=scan,
+            remat=remat,
+            implementation=implementation,
+            dtype=dtype,
         )
     except ValueError as error:
         problems.append(f"config.json: {error}")
@@ -128,18 +134,18 @@ def _abstract(
 
 
 def _mismatches(
-    model: LanguageModel, checkpoint: Checkpoint, dtype, tied: bool
+    model: LanguageModel, names: Names, checkpoint: Checkpoint, dtype
 ) -> list[str]:
     """How the tensors of a checkpoint differ from those that `model` needs."""
     expected = {}
     problems, mixed = [], []
     for path, leaf in array_leaves(model).items():
         shape = leaf.shape
-        names = tensor_names(path, shape)
-        expected |= {name: shape[len(index) :] for index, name in names.items()}
+        parts = tensor_names(names, path, shape)
+        expected |= {name: shape[len(index) :] for index, name in parts.items()}
         kinds = {
             checkpoint.tensors[name].dtype
-            for name in names.values()
+            for name in parts.values()
             if name in checkpoint.tensors
         }
         if len(kinds) > 1 and dtype is None:
@@ -147,17 +153,19 @@ def _mismatches(
     found = checkpoint.tensors
     missing = [name for name in expected if name not in found]
     extra = [
-        name for name in found if name not in expected and not DERIVED.search(name)
+        name
+        for name in found
+        if name not in expected and not (names.derived and names.derived.search(name))
     ]
-    head = MODEL["head.weight"]
+    head = names.head
     if missing:
         hint = ""
         if head in missing:
             hint = "; a head that is the embedding needs `tie_word_embeddings` true"
         problems.append(f"tensors are missing: {some(missing)}{hint}")
-    if tied and head in extra:
+    if model.head is None and head in extra:
         extra.remove(head)
-        problems += _untied(found)
+        problems += _untied(names.embedding, head, found)
     if extra:
         problems.append(f"tensors that the model has no place for: {some(extra)}")
     problems += [
@@ -172,17 +180,15 @@ def _mismatches(
     return problems + _unsupported_dtypes(found, expected, dtype)
 
 
-def _untied(found: dict[str, StoredTensor]) -> list[str]:
+def _untied(table: str, head: str, found: dict[str, StoredTensor]) -> list[str]:
     """Some files hold a tied head too; it must then be the embedding."""
-    names = MODEL["embedding.weight"], MODEL["head.weight"]
-    if not all(name in found for name in names):
+    if table not in found:
         return []
-    table, head = (found[name].read(name) for name in names)
-    if np.array_equal(table, head):
+    if np.array_equal(found[table].read(table), found[head].read(head)):
         return []
     return [
-        f"{names[1]} is not {names[0]}, though `tie_word_embeddings` is true. Set it "
-        "to false in config.json if the head is right"
+        f"{head} is not {table}, though `tie_word_embeddings` is true. Set it to false "
+        "in config.json if the head is right"
     ]
 
 
@@ -212,21 +218,24 @@ def _has_float64() -> bool:
     return jax.dtypes.canonicalize_dtype(np.float64) == np.float64
 
 
-def _fill(model, checkpoint: Checkpoint, dtype) -> LanguageModel:
+def _fill(
+    model: LanguageModel, names: Names, checkpoint: Checkpoint, *, own_dtypes: bool
+) -> LanguageModel:
     """The model with the tensors of the checkpoint, read one leaf after the other."""
 
     def fill(path, leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         path = jax.tree_util.keystr(path, simple=True, separator=".")
-        names = tensor_names(path, leaf.shape)
-        if () in names:
-            value = checkpoint.tensors[names[()]].read(names[()])
-            return jnp.asarray(value if dtype is None else value.astype(dtype))
-        stored = {index: checkpoint.tensors[name] for index, name in names.items()}
-        kind = _DTYPES[next(iter(stored.values())).dtype] if dtype is None else dtype
+        parts = tensor_names(names, path, leaf.shape)
+        stored = {index: checkpoint.tensors[name] for index, name in parts.items()}
+        first = _DTYPES[next(iter(stored.values())).dtype]
+        kind = first if own_dtypes else leaf.dtype
+        if () in parts:
+            value = stored[()].read(parts[()])
+            return jnp.asarray(value.astype(kind, copy=False))
         stacked = np.empty(leaf.shape, kind)
-        for index, name in names.items():
+        for index, name in parts.items():
             stacked[index] = stored[index].read(name)
         return jnp.asarray(stacked)
 

@@ -8,11 +8,11 @@ import numpy as np
 
 from ..internal import check_choice, require_extra
 from ..models import LanguageModel
-from ._decoder import Decoder
 from ._describe import array_leaves, describe
-from ._hf_config import ARCHITECTURES, inexpressible, read_config, write_config
-from ._hf_names import tensor_names
+from ._hf_config import ARCHITECTURES, read_config, write_config
+from ._hf_names import Names, tensor_names
 from ._problems import refuse, some
+from ._structure import Structure
 from ._write_files import Piece, parse_size, write_checkpoint
 
 
@@ -41,12 +41,13 @@ def save_hf(
     **Arguments:**
 
     - `model`: of `TransformerBlock`s with causal, rotary `Attention` and `SwiGLU` or
-        `MoE`, scanned or not.
+        `MoE`, or of `ResidualBlock`s with `Mamba` or with `Mamba2`; scanned or not.
     - `path`: the folder, made if it is not there.
     - `architecture`: such as `"LlamaForCausalLM"`; if not given, the first that has
         all that the model has: `LlamaForCausalLM`, `MistralForCausalLM` (a window),
         `Qwen2ForCausalLM` (biases of queries, keys and values), `Qwen3ForCausalLM`
-        (`qk_norm`), `MixtralForCausalLM` (experts).
+        (`qk_norm`), `MixtralForCausalLM` (experts), `MambaForCausalLM`,
+        `Mamba2ForCausalLM`.
     - `config`: further entries of config.json, such as `eos_token_id` or
         `max_position_embeddings`. They may be a whole config.json, but must not
         contradict the model.
@@ -73,12 +74,13 @@ def save_hf(
     if architecture is not None:
         check_choice("architecture", architecture, ARCHITECTURES)
     limit = parse_size(max_shard_size)
-    decoder, problems = describe(model)
+    structure, problems = describe(model)
     refuse("save_hf", "this model has no place in a checkpoint", problems)
-    assert decoder is not None  # or there was a problem
-    name, problems = _choose(decoder, architecture)
-    entries = {**write_config(decoder, name), **(config or {})}
-    problems = problems or _contradictions(decoder, name, entries)
+    assert structure is not None  # or there was a problem
+    name, problems = _choose(structure, architecture)
+    refuse("save_hf", f"cannot write this model as {name}", problems)
+    entries = {**write_config(structure, name), **(config or {})}
+    problems = _contradictions(structure, name, entries)
     leaves = array_leaves(model)
     kinds = {path: jnp.dtype(leaf.dtype).name for path, leaf in leaves.items()}
     odd = [f"{path} ({kind})" for path, kind in kinds.items() if kind not in _DTYPES]
@@ -91,39 +93,53 @@ def save_hf(
         dtype = "float32"  # neither holds the other
     # The newer name and the older one.
     entries |= {"dtype": dtype, "torch_dtype": dtype}
-    write_checkpoint(Path(path), entries, _pieces(leaves), limit)
+    names = ARCHITECTURES[name].names
+    write_checkpoint(Path(path), entries, _pieces(names, leaves), limit)
 
 
-def _choose(decoder: Decoder, architecture: str | None) -> tuple[str, list[str]]:
+def _choose(structure: Structure, architecture: str | None) -> tuple[str, list[str]]:
     """The first architecture that has all, or else the nearest and what it lacks."""
-    names = [architecture] if architecture else list(ARCHITECTURES)
-    lacking = {name: inexpressible(decoder, name) for name in names}
+    own = structure.blocks[0]
+    if architecture is not None:
+        theirs = ARCHITECTURES[architecture].spec
+        if not isinstance(own, theirs):
+            return architecture, [f"its blocks are {own.kind}, not {theirs.kind}"]
+    fitting = [name for name, a in ARCHITECTURES.items() if isinstance(own, a.spec)]
+    names = [architecture] if architecture else fitting
+    lacking = {name: _lacking(structure, name) for name in names}
     best = min(names, key=lambda name: len(lacking[name]))
     return best, lacking[best]
 
 
-def _contradictions(decoder: Decoder, name: str, entries: dict[str, Any]) -> list[str]:
+def _lacking(structure: Structure, name: str) -> list[str]:
+    lacking = ARCHITECTURES[name].lacking
+    return [] if lacking is None else lacking(structure)
+
+
+def _contradictions(
+    structure: Structure, name: str, entries: dict[str, Any]
+) -> list[str]:
     """How config.json with the caller's entries would describe another model."""
     read = read_config(entries)
-    if read.decoder is None:
-        return [f"`config`: {problem}" for problem in read.problems]
-    problems = []
-    if read.architecture != name:
-        problems.append(
+    if read.architecture not in (None, name):
+        return [
             f"`config` says {read.architecture}, the model is written as {name}. Pass "
             "`architecture`, or leave the entry out"
-        )
-    for field, value in read.decoder._asdict().items():
-        own = getattr(decoder, field)
-        if value != own and read.architecture == name:
-            problems.append(f"`config` makes `{field}` {value}, the model has {own}")
-    return problems
+        ]
+    if read.structure is None:
+        return [f"`config`: {problem}" for problem in read.problems]
+    own = structure.entries()
+    return [
+        f"`config` makes `{field}` {value}, the model has {own[field]}"
+        for field, value in read.structure.entries().items()
+        if value != own[field]
+    ]
 
 
-def _pieces(leaves: Mapping[str, Any]) -> dict[str, Piece]:
+def _pieces(names: Names, leaves: Mapping[str, Any]) -> dict[str, Piece]:
     """Every tensor on disk: its leaf and where in it. Nothing is copied yet."""
     return {
         name: Piece(leaf, index)
         for path, leaf in leaves.items()
-        for index, name in tensor_names(path, np.shape(leaf)).items()
+        for index, name in tensor_names(names, path, np.shape(leaf)).items()
     }

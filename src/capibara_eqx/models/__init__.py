@@ -10,6 +10,7 @@ from ._generate import generate as generate
 from ._language_model import LanguageModel as LanguageModel
 from ._language_model import ModelCache as ModelCache
 from ._language_model import ModelOutput as ModelOutput
+from ._mamba_lm import mamba2_language_model as mamba2_language_model
 from ._mamba_lm import mamba_language_model as mamba_language_model
 from ._stack import Stack as Stack
 from ._transformer_block import TransformerBlock as TransformerBlock
