@@ -20,7 +20,7 @@ class GatedRMSNorm(eqx.Module):
     !!! example
 
         ```python
-        y = GatedRMSNorm(64, groups=2)(x, z)           # all of them (*batch, 64)
+        y = GatedRMSNorm(64, groups=2)(x, jnp.ones_like(x))   # (*batch, 64)
         ```
     """
 

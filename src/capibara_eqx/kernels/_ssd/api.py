@@ -74,9 +74,11 @@ def ssd(
     !!! example
 
         ```python
-        dt = jax.nn.softplus(dt)
+        x = jnp.ones((2, 100, 4, 16))                  # 4 heads of 16 channels
+        dt, A = jnp.full((2, 100, 4), 0.1), -jnp.arange(1.0, 5.0)
+        B, C = jnp.ones((2, 2, 100, 1, 8))             # 1 group, 8 states
         y, state = ssd(x, dt * A, B, C, coefficient=dt)
-        y2, state = ssd(x2, dt2 * A, B2, C2, coefficient=dt2, initial_state=state)
+        y2, state = ssd(x, dt * A, B, C, coefficient=dt, initial_state=state)
         ```
     """
     name = "ssd"
