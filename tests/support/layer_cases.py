@@ -160,7 +160,7 @@ CASES = (
     ),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     Case("s4d", partial(S4D, 3, 4, **_STATE_SPACE), 3, 60),
-    Case("s4", partial(S4, 2, 4, **_STATE_SPACE), 2, 100),
+    Case("s4", partial(S4, 2, 4, **{**_STATE_SPACE, "chunk_size": 2}), 2, 100),
     # The rest differs from the ones above in a value or two.
     Case(
         "conv_reference",
