@@ -54,8 +54,17 @@ def losses(layer, seq):
     return losses_of(layer, seq, s4_step)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("mode", OPTIONS)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("convolution", "float32"),
+        ("chunked", "float64"),
+        ("recurrent", "float64"),
+        pytest.param("convolution", "float64", marks=pytest.mark.slow),
+        pytest.param("chunked", "float32", marks=pytest.mark.slow),
+        pytest.param("recurrent", "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_values_are_those_of_dense_matrices(mode, dtype):
     with enable_x64(dtype == "float64"):
         layer = make(mode)
@@ -72,8 +81,9 @@ def test_values_are_those_of_dense_matrices(mode, dtype):
             close(state, last, name="state")
 
 
-@pytest.mark.parametrize("measure", ["legs", "legt"])
-@pytest.mark.parametrize("length", [1, 8, 130])
+@pytest.mark.parametrize(
+    ("measure", "length"), [("legs", 1), ("legs", 130), ("legt", 8)]
+)
 def test_the_kernel_at_the_start_is_that_of_hippo(measure, length):
     """Of the real matrix, which SciPy turns into steps."""
     with enable_x64():
@@ -111,9 +121,13 @@ def test_packed_rows_are_those_of_the_loops(rows, seed):
     assert_close(y, want, dtype="float32", length=100)
 
 
-def test_first_derivatives_in_chunks_and_through_caches():
+@pytest.mark.parametrize(
+    "check",
+    [check_gradient, pytest.param(check_first_order, marks=pytest.mark.slow)],
+)
+def test_first_derivatives_in_chunks_and_through_caches(check):
     layer = make("chunked", 1, 2, chunk_size=2)
-    check_first_order(*losses(layer, 5), point_of(layer, 2, 5))
+    check(*losses(layer, 5), point_of(layer, 2, 5))
 
 
 def test_first_derivatives_of_the_convolution():

@@ -40,7 +40,7 @@ class S4(AbstractStateSpace):
     of what the kernel still holds after $L$ tokens comes around: it is exact for every
     length. That is $O(L N)$ work a channel, and $O(N^3 \log L)$ for the power. A token
     costs $O(N)$. Chunks of $Q$ tokens take dense powers, once a call, which are
-    $O(N^3 \log Q + N^2 Q)$ a channel: packed rows favour a small `d_state`, or `S4D`.
+    $O(N^3 \log Q + N^2 Q)$ a channel.
 
     `mode`, caches and dtypes are as in `S4D`. `weight_decay_mask` leaves $A$, $P$, $B$,
     $\Delta$, $D$ and the bias alone.
