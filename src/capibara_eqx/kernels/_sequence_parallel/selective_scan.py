@@ -1,0 +1,143 @@
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float
+
+from ...internal import accumulator_dtype
+from .._selective_scan import selective_scan
+from ._shards import Shards, forget, present
+
+
+# So far below where exp underflows that softplus of it is exactly zero, and so is its
+# gradient, in every dtype.
+_NO_STEP = -1e4
+
+
+def sharded_selective_scan(
+    u: Float[Array, "*batch seq d_inner"],
+    delta: Float[Array, "*batch seq d_inner"],
+    A: Float[Array, "d_inner d_state"],
+    B: Float[Array, "*batch seq d_state"],
+    C: Float[Array, "*batch seq d_state"],
+    D: Float[Array, " d_inner"] | None = None,
+    *,
+    mesh: Mesh,
+    axis: str,
+    batch_axis: str | None = None,
+    z: Float[Array, "*batch seq d_inner"] | None = None,
+    delta_bias: Float[Array, " d_inner"] | None = None,
+    delta_softplus: bool = False,
+    initial_state: Float[Array, "*batch d_inner d_state"] | None = None,
+    reset: Bool[Array, "*batch seq"] | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[Float[Array, "*batch seq d_inner"], Float[Array, "*batch d_inner d_state"]]:
+    r"""`selective_scan` of sequences that are sharded over one axis of a mesh.
+
+    Over the piece of one device the scan is one affine map of the state,
+
+    $$h_{\mathrm{end}} = \exp\Big(A \sum_t \Delta_t\Big)\, h_{\mathrm{start}} + e$$
+
+    with $e$ the end state from zero. The sums and the end states are gathered,
+    `batch * d_inner * (d_state + 1)` numbers a device, each device composes the maps
+    before its own, and scans its piece from the state that enters it. So it scans its
+    piece twice, without the gate the first time: with $n$ devices each does $2/n$ of
+    the work, and holds $1/n$ of the arguments and results. Correcting the outputs of
+    the first scan would cost as much as the second. Gu and Dao, *Mamba*, arXiv
+    2312.00752, for the scan; Martin and Cundy, arXiv 1709.04057, for the composition.
+
+    Differentiable any number of times, forward and reverse, in every array argument;
+    works under `jit`, over mesh axes of type Auto or Explicit.
+
+    **Arguments:**
+
+    Those of `selective_scan`, as global arrays, and
+
+    - `mesh`: the devices.
+    - `axis`: name of the mesh axis that `seq` is sharded over. A length that the number
+        of its devices does not divide is padded, which copies the arguments.
+    - `batch_axis`: name of the mesh axis that the first batch axis is sharded over, if
+        any. Over the other axes of the mesh everything is replicated.
+
+    **Returns:**
+
+    `(y, final_state)` of `selective_scan`: `y` is sharded like the arguments (along an
+    Explicit axis only if its devices divide the length), `final_state` replicated over
+    `axis`.
+
+    **Raises:**
+
+    `ValueError` naming the argument whose shape does not fit, the axis that the mesh
+    does not have, or an unknown implementation. `NotImplementedError` with the reason
+    if the implementation that was named cannot serve.
+
+    !!! example
+
+        ```python
+        mesh = jax.make_mesh((2, 4), ("data", "seq"))
+        scan = partial(sharded_selective_scan, mesh=mesh, axis="seq", batch_axis="data")
+        y, state = jax.jit(scan)(u, delta, A, B, C)
+        ```
+    """
+    plain = functools.partial(
+        selective_scan, delta_softplus=delta_softplus, implementation=implementation
+    )
+    arguments = present(u=u, delta=delta, B=B, C=C, z=z, reset=reset)
+    rows = present(initial_state=initial_state)
+    weights = present(A=A, D=D, delta_bias=delta_bias)
+    # The plain operation checks the shapes, which on a device are no more the caller's.
+    _, result = jax.eval_shape(plain, **arguments, **weights, **rows)
+    shards = Shards(
+        "sharded_selective_scan", mesh, axis, batch_axis, u.shape[:-2], u.shape[-2]
+    )
+    streams = {name: shards.padded(x) for name, x in arguments.items()}
+    if streams["delta"].shape != delta.shape:
+        streams["delta"], weights = _padded_steps(
+            shards, delta, weights, delta_softplus
+        )
+
+    def piece(streams, rows, weights):
+        dtype, A = result.dtype, weights["A"].astype(result.dtype)
+        zero = jnp.zeros((*streams["u"].shape[:-2], *A.shape), dtype)
+        ungated = {name: x for name, x in streams.items() if name != "z"}
+        straight = {name: x for name, x in weights.items() if name != "D"}
+        _, end = plain(**ungated, **straight, initial_state=zero)
+        reset = streams.get("reset")
+        fresh = None if reset is None else jnp.any(reset, axis=-1)
+        steps = _steps(streams["delta"], weights, delta_softplus, dtype)
+        total = forget(jnp.sum(steps, axis=-2), fresh)
+
+        def advance(state, summary):
+            total, end, fresh = summary
+            decay = jnp.exp(total[..., None] * jnp.broadcast_to(A, state.shape))
+            return decay * forget(state, fresh) + end
+
+        start = rows["initial_state"].astype(dtype) if rows else zero
+        start = shards.entering(advance, start, (total, end, fresh))
+        y, state = plain(**streams, **weights, initial_state=start)
+        return y, shards.last(state)
+
+    return shards.run(piece, streams, rows, weights)
+
+
+def _padded_steps(shards, delta, weights, softplus):
+    """Step sizes that are exactly zero at padding, and the weights to read them with."""
+    bias = weights.get("delta_bias")
+    if softplus:
+        return shards.padded(delta, _NO_STEP), weights
+    if bias is None:
+        return shards.padded(delta), weights
+    # Its negative at padding could be rounded; so the bias is added here.
+    dtype = accumulator_dtype(delta.dtype, bias.dtype)
+    steps = delta.astype(dtype) + jnp.broadcast_to(bias.astype(dtype), delta.shape)
+    others = {name: x for name, x in weights.items() if name != "delta_bias"}
+    return shards.padded(steps), others
+
+
+def _steps(delta, weights, softplus, dtype):
+    steps, bias = delta.astype(dtype), weights.get("delta_bias")
+    if bias is not None:
+        steps = steps + jnp.broadcast_to(bias.astype(dtype), steps.shape)
+    return jax.nn.softplus(steps) if softplus else steps
