@@ -6,6 +6,7 @@ small, are gathered, each device applies those of the pieces before its own to t
 initial state, and runs the plain operation on its piece from there.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -37,6 +38,19 @@ def forget(
         return state
     where = where.reshape(*where.shape, *(1,) * (state.ndim - where.ndim))
     return jnp.where(where, jnp.zeros_like(state), state)
+
+
+def checked(function: Callable[..., Any], *arrays: Arrays) -> Any:
+    """Shapes and dtypes of what the plain `function` returns for whole arrays.
+
+    It checks them, too; on a device its messages would name shapes of pieces.
+    """
+    shapes = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+        for group in arrays
+        for name, x in group.items()
+    }
+    return jax.eval_shape(function, **shapes)
 
 
 @dataclass(frozen=True)
@@ -94,14 +108,22 @@ class Shards:
         """Tokens of a piece, those that pad the last ones included."""
         return -(-self.seq // self.count)
 
-    def padded(self, x: Shaped[Array, "..."], value: float = 0) -> Shaped[Array, "..."]:
-        """`x` with `value` behind it, so that all pieces are equally long."""
-        extra = self.count * self.size - self.seq
-        if extra == 0:
-            return x
+    @property
+    def padding(self) -> int:
+        """Tokens that are put behind the sequence, so that pieces are equally long."""
+        return self.count * self.size - self.seq
+
+    def padded(self, streams: Arrays, **values: float) -> Arrays:
+        """The streams with padding behind them: `values` by name, or else zeros."""
+        if self.padding == 0:
+            return streams
         at = len(self.batch)
-        widths = [(0, extra if axis == at else 0) for axis in range(x.ndim)]
-        return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
+
+        def pad(x, value):
+            widths = [(0, self.padding if axis == at else 0) for axis in range(x.ndim)]
+            return jnp.pad(x, widths, constant_values=jnp.asarray(value, x.dtype))
+
+        return {name: pad(x, values.get(name, 0)) for name, x in streams.items()}
 
     def run(
         self,
@@ -134,7 +156,7 @@ class Shards:
             in_specs=(stream, row, whole),
             out_specs=(stream, row),
         )(*arguments)
-        if y.shape[len(batch)] == self.seq:
+        if self.padding == 0:
             return y, state
         # Uneven pieces are no type of an array: along an Explicit axis it is gathered.
         y = self._placed(y, P(*batch))
@@ -177,13 +199,11 @@ class Shards:
             before = number > index if reverse else number < index
             # What is not taken reads zeros: a gradient of zero times a state that has
             # overflowed would be NaN.
-            known = jax.tree.map(
-                lambda x: jnp.where(before, x, jnp.zeros_like(x)), state
-            )
+            nothing = jax.tree.map(jnp.zeros_like, state)
+            known = jax.tree.map(functools.partial(jnp.where, before), state, nothing)
             after = advance(known, summary)
-            return jax.tree.map(
-                lambda old, new: jnp.where(before, new, old), state, after
-            ), None
+            state = jax.tree.map(functools.partial(jnp.where, before), after, state)
+            return state, None
 
         numbers = jnp.arange(self.count, dtype=index.dtype)
         return jax.lax.scan(step, start, (numbers, summaries), reverse=reverse)[0]

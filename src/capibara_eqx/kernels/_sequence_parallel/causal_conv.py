@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ...internal import last_segment, promote_dtypes, segment_starts
 from .._causal_conv import causal_conv
-from ._shards import Shards, forget, present
+from ._shards import Shards, checked, forget, present
 
 
 def sharded_causal_conv(
@@ -29,15 +29,15 @@ def sharded_causal_conv(
 ) -> tuple[Float[Array, "*batch seq c_out"], Float[Array, "*batch reach c_in"]]:
     r"""`causal_conv` of sequences that are sharded over one axis of a mesh.
 
-    A device needs the last `reach = (width - 1) * dilation` inputs before its piece. Its
-    left neighbour sends them, and where pieces are shorter than that, devices further
-    left as well. With `segment_ids` padding does not count, so that those inputs may
-    come from anywhere on the left: then the last valid inputs of all pieces are
-    gathered, `reach * c_in` numbers a device and row, with the documents that they
+    A device needs the last `reach = (width - 1) * dilation` inputs before its piece.
+    Its left neighbour sends them, and where pieces are shorter than that, devices
+    further left as well. With `segment_ids` padding does not count, so that those
+    inputs may come from anywhere on the left: then the last valid inputs of all pieces
+    are gathered, `reach * c_in` numbers a device and row, with the documents that they
     belong to.
 
-    Differentiable any number of times, forward and reverse; works under `jit`, over mesh
-    axes of type Auto or Explicit.
+    Differentiable any number of times, forward and reverse; works under `jit`, over
+    mesh axes of type Auto or Explicit.
 
     **Arguments:**
 
@@ -78,15 +78,12 @@ def sharded_causal_conv(
     )
     rows = present(initial_state=initial_state)
     weights = present(weight=weight, bias=bias)
-    ids = present(segment_ids=segment_ids)
-    # The plain operation checks the shapes, which on a device are no more the caller's.
-    _, result = jax.eval_shape(plain, x, **weights, **rows, **ids)
+    streams = present(x=x, segment_ids=segment_ids)
+    _, result = checked(plain, streams, rows, weights)
     shards = Shards(
         "sharded_causal_conv", mesh, axis, batch_axis, x.shape[:-2], x.shape[-2]
     )
-    streams = {"x": shards.padded(x)}
-    if segment_ids is not None:
-        streams["segment_ids"] = shards.padded(segment_ids, -1)
+    streams = shards.padded(streams, segment_ids=-1)
     # Of what passes between pieces nothing is rounded.
     dtype = promote_dtypes(x.dtype, result.dtype)
 
@@ -139,7 +136,8 @@ def _last_inputs(
     """The last `reach` of the history and all inputs, on all devices."""
     size, reach, seq = x.shape[-2], history.shape[-2], shards.seq
     count = min(reach, seq)
-    local = jnp.arange(seq - count, seq) - shards.index() * size
+    index = shards.index()
+    local = jnp.arange(seq - count, seq, dtype=index.dtype) - index * size
     own = ((local >= 0) & (local < size)).reshape(*(1,) * (x.ndim - 2), count, 1)
     found = jnp.take(x, jnp.clip(local, 0, size - 1), axis=-2)
     found = jnp.where(own, found, jnp.zeros_like(found))
@@ -189,7 +187,8 @@ def _history(
         state = forget(state, piece.restarts(last) | piece.several)
         # Its own inputs push those before them out.
         kept = piece.kept[..., None]
-        row = jnp.arange(reach).reshape(*(1,) * (kept.ndim - 1), reach) + kept
+        row = jnp.arange(reach, dtype=kept.dtype)
+        row = row.reshape(*(1,) * (kept.ndim - 1), reach) + kept
         moved = jnp.minimum(row, reach - 1)[..., None]
         moved = jnp.take_along_axis(state, moved, axis=-2)
         state = jnp.where((row < reach)[..., None], moved, piece.tail)

@@ -1,13 +1,12 @@
 import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Inexact
 
 from .._linear_recurrence import linear_recurrence
-from ._shards import Shards, forget, present
+from ._shards import Shards, checked, forget, present
 
 
 def sharded_linear_recurrence(
@@ -37,8 +36,8 @@ def sharded_linear_recurrence(
     A correction of the states from zero by cumulative products would cost as much, and
     a product that overflows would meet a state of zero.
 
-    Differentiable any number of times, forward and reverse; works under `jit`, over mesh
-    axes of type Auto or Explicit.
+    Differentiable any number of times, forward and reverse; works under `jit`, over
+    mesh axes of type Auto or Explicit.
 
     **Arguments:**
 
@@ -65,22 +64,21 @@ def sharded_linear_recurrence(
 
         ```python
         mesh = jax.make_mesh((8,), ("seq",))
-        h, last = jax.jit(partial(sharded_linear_recurrence, mesh=mesh, axis="seq"))(a, x)
+        scan = partial(sharded_linear_recurrence, mesh=mesh, axis="seq")
+        h, last = jax.jit(scan)(a, x)
         ```
     """
     plain = functools.partial(
         linear_recurrence, reverse=reverse, implementation=implementation
     )
     rows = present(initial_state=initial_state)
-    # The plain operation checks the shapes, which on a device are no more the caller's.
-    _, result = jax.eval_shape(plain, a, x, **rows, **present(reset=reset))
+    streams = present(a=a, x=x, reset=reset)
+    _, result = checked(plain, streams, rows)
     shards = Shards(
         "sharded_linear_recurrence", mesh, axis, batch_axis, x.shape[:-2], x.shape[-2]
     )
     # A padded token keeps the state.
-    streams = {"a": shards.padded(a, 1), "x": shards.padded(x)}
-    if reset is not None:
-        streams["reset"] = shards.padded(reset)
+    streams = shards.padded(streams, a=1)
 
     def piece(streams, rows, weights):
         del weights

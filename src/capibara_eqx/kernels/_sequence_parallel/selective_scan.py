@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from ...internal import accumulator_dtype
 from .._selective_scan import selective_scan
-from ._shards import Shards, forget, present
+from ._shards import Shards, checked, forget, present
 
 
 # So far below where exp underflows that softplus of it is exactly zero, and so is its
@@ -84,19 +83,18 @@ def sharded_selective_scan(
     plain = functools.partial(
         selective_scan, delta_softplus=delta_softplus, implementation=implementation
     )
-    arguments = present(u=u, delta=delta, B=B, C=C, z=z, reset=reset)
+    streams = present(u=u, delta=delta, B=B, C=C, z=z, reset=reset)
     rows = present(initial_state=initial_state)
     weights = present(A=A, D=D, delta_bias=delta_bias)
-    # The plain operation checks the shapes, which on a device are no more the caller's.
-    _, result = jax.eval_shape(plain, **arguments, **weights, **rows)
+    _, result = checked(plain, streams, rows, weights)
     shards = Shards(
         "sharded_selective_scan", mesh, axis, batch_axis, u.shape[:-2], u.shape[-2]
     )
-    streams = {name: shards.padded(x) for name, x in arguments.items()}
-    if streams["delta"].shape != delta.shape:
-        streams["delta"], weights = _padded_steps(
-            shards, delta, weights, delta_softplus
-        )
+    if shards.padding and delta_bias is not None and not delta_softplus:
+        # Padding is to be a step of zero, and a bias may not have an exact negative in
+        # the dtype of `delta`: so it is added here.
+        streams["delta"] = _steps(delta, weights.pop("delta_bias"), False, result.dtype)
+    streams = shards.padded(streams, delta=_NO_STEP if delta_softplus else 0)
 
     def piece(streams, rows, weights):
         dtype, A = result.dtype, weights["A"].astype(result.dtype)
@@ -106,7 +104,8 @@ def sharded_selective_scan(
         _, end = plain(**ungated, **straight, initial_state=zero)
         reset = streams.get("reset")
         fresh = None if reset is None else jnp.any(reset, axis=-1)
-        steps = _steps(streams["delta"], weights, delta_softplus, dtype)
+        bias = weights.get("delta_bias")
+        steps = _steps(streams["delta"], bias, delta_softplus, dtype)
         total = forget(jnp.sum(steps, axis=-2), fresh)
 
         def advance(state, summary):
@@ -122,22 +121,8 @@ def sharded_selective_scan(
     return shards.run(piece, streams, rows, weights)
 
 
-def _padded_steps(shards, delta, weights, softplus):
-    """Step sizes that are exactly zero at padding, and the weights to read them with."""
-    bias = weights.get("delta_bias")
-    if softplus:
-        return shards.padded(delta, _NO_STEP), weights
-    if bias is None:
-        return shards.padded(delta), weights
-    # Its negative at padding could be rounded; so the bias is added here.
-    dtype = accumulator_dtype(delta.dtype, bias.dtype)
-    steps = delta.astype(dtype) + jnp.broadcast_to(bias.astype(dtype), delta.shape)
-    others = {name: x for name, x in weights.items() if name != "delta_bias"}
-    return shards.padded(steps), others
-
-
-def _steps(delta, weights, softplus, dtype):
-    steps, bias = delta.astype(dtype), weights.get("delta_bias")
+def _steps(delta, bias, softplus, dtype):
+    steps = delta.astype(dtype)
     if bias is not None:
         steps = steps + jnp.broadcast_to(bias.astype(dtype), steps.shape)
     return jax.nn.softplus(steps) if softplus else steps
