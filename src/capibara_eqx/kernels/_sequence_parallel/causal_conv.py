@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from ...internal import last_segment, promote_dtypes, segment_starts
+from ...internal import (
+    last_segment,
+    promote_dtypes,
+    segment_documents,
+    segment_starts,
+    zero_padding,
+)
 from .._causal_conv import causal_conv
 from ._shards import Shards, checked, forget, present
 
@@ -94,12 +100,10 @@ def sharded_causal_conv(
         history = rows["initial_state"].astype(dtype) if rows else zero
         run = functools.partial(plain, **streams, **weights)
         if ids is None:
-            y, _ = run(initial_state=_halo(shards, x.astype(dtype), history))
-            state = _last_inputs(shards, x.astype(dtype), history)
+            y, _ = run(initial_state=_halo(shards, x, history))
+            state = _last_inputs(shards, x, history)
         else:
-            _, tail = run(initial_state=zero)
-            before = _history(shards, ids, tail, history)
-            y, state = run(initial_state=before)
+            y, state = run(initial_state=_halo_of_documents(shards, x, ids, history))
             state = shards.last(state)
         return y, state.astype(result.dtype)
 
@@ -115,7 +119,7 @@ def _halo(
     size, reach = x.shape[-2], history.shape[-2]
     # What no device has is of the history: row r is input `index * size + r` of it and
     # of the zeros behind it. Where a device gets nothing, it gets zeros.
-    behind = jnp.concatenate([history, jnp.zeros_like(history)], axis=-2)
+    behind = _between(0, history, reach)
     start = jnp.minimum(shards.index() * size, reach)
     inputs = jax.lax.dynamic_slice_in_dim(behind, start, reach, axis=x.ndim - 2)
     for hop in range(1, min(shards.count, -(-reach // size) + 1)):
@@ -123,9 +127,16 @@ def _halo(
         tokens = min(size, stop)
         passes = [(j, j + hop) for j in range(shards.count - hop)]
         sent = jax.lax.ppermute(x[..., size - tokens :, :], shards.axis, passes)
-        widths = [(0, 0)] * (x.ndim - 2) + [(stop - tokens, reach - stop), (0, 0)]
-        inputs = inputs + jnp.pad(sent, widths)
+        sent = sent.astype(history.dtype)
+        inputs = inputs + _between(stop - tokens, sent, reach - stop)
     return inputs
+
+
+def _between(
+    before: int, x: Float[Array, "*batch seq c_in"], after: int
+) -> Float[Array, "*batch padded c_in"]:
+    """`x` between zeros: jax 0.7 cannot differentiate twice what concatenates them."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(before, after), (0, 0)])
 
 
 def _last_inputs(
@@ -141,8 +152,9 @@ def _last_inputs(
     own = ((local >= 0) & (local < size)).reshape(*(1,) * (x.ndim - 2), count, 1)
     found = jnp.take(x, jnp.clip(local, 0, size - 1), axis=-2)
     found = jnp.where(own, found, jnp.zeros_like(found))
-    found = jax.lax.psum(found, shards.axis)
-    return jnp.concatenate([history[..., count:, :], found], axis=-2)
+    found = jax.lax.psum(found, shards.axis).astype(history.dtype)
+    found = _between(reach - count, found, 0)
+    return found + _between(0, history[..., count:, :], count)
 
 
 class _Summary(NamedTuple):
@@ -165,17 +177,17 @@ class _Summary(NamedTuple):
         return (self.first >= 0) & (last >= 0) & (self.first != last)
 
 
-def _history(
+def _halo_of_documents(
     shards: Shards,
+    x: Float[Array, "*batch size c_in"],
     ids: Int[Array, "*batch size"],
-    tail: Float[Array, "*batch reach c_in"],
     history: Float[Array, "*batch reach c_in"],
 ) -> Float[Array, "*batch reach c_in"]:
     """The last valid inputs of the document that this device's piece begins in."""
     reach = history.shape[-2]
     none = jnp.full(ids.shape[:-1], -1, ids.dtype)
     summary = _Summary(
-        tail,
+        _tail(x, ids, reach),
         jnp.minimum(jnp.sum(ids >= 0, axis=-1, dtype=jnp.int32), reach),
         last_segment(ids[..., ::-1], none),
         last_segment(ids, none),
@@ -191,8 +203,26 @@ def _history(
         row = row.reshape(*(1,) * (kept.ndim - 1), reach) + kept
         moved = jnp.minimum(row, reach - 1)[..., None]
         moved = jnp.take_along_axis(state, moved, axis=-2)
-        state = jnp.where((row < reach)[..., None], moved, piece.tail)
+        tail = piece.tail.astype(state.dtype)
+        state = jnp.where((row < reach)[..., None], moved, tail)
         return state, jnp.where(piece.last >= 0, piece.last, last)
 
     state, last = shards.entering(advance, (history, none), summary)
     return forget(state, summary.restarts(last))
+
+
+def _tail(
+    x: Float[Array, "*batch size c_in"], ids: Int[Array, "*batch size"], reach: int
+) -> Float[Array, "*batch reach c_in"]:
+    """The last `reach` valid inputs, zeros where not of the last document."""
+    valid = ids >= 0
+    order = jnp.argsort(~valid, axis=-1, stable=True)
+    count = jnp.sum(valid, axis=-1, keepdims=True, dtype=order.dtype)
+    row = jnp.arange(reach, dtype=order.dtype) - reach
+    row = row.reshape(*(1,) * (count.ndim - 1), reach) + count
+    token = jnp.take_along_axis(order, jnp.maximum(row, 0), axis=-1)
+    document = segment_documents(ids)
+    current = jnp.take_along_axis(document, token, axis=-1)
+    own = (row >= 0) & (current == jnp.max(document, axis=-1, keepdims=True))
+    x = jnp.take_along_axis(zero_padding(x, ids), token[..., None], axis=-2)
+    return jnp.where(own[..., None], x, jnp.zeros_like(x))
