@@ -113,7 +113,7 @@ class Shards:
         """Tokens that are put behind the sequence, so that pieces are equally long."""
         return self.count * self.size - self.seq
 
-    def padded(self, streams: Arrays, **values: float) -> Arrays:
+    def padded(self, streams: Arrays, **values: int | float) -> Arrays:
         """The streams with padding behind them: `values` by name, or else zeros."""
         if self.padding == 0:
             return streams
