@@ -20,11 +20,13 @@ from . import (
     linear_recurrence,
     llama_decode,
     machine,
+    mamba2_decode,
     moe,
     one_token,
     scaling,
     second_order,
     selective_scan,
+    ssd,
 )
 from ._bars import bars
 from ._environment import RESULTS, ROOT
@@ -40,6 +42,8 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "second_order": second_order.measure,
     "one_token": one_token.measure,
     "decode": decode.measure,
+    "ssd": ssd.measure,
+    "mamba2_decode": mamba2_decode.measure,
     "layer": layer.measure,
     "layer_memory": layer_memory.measure,
     "demo_speed": demo_speed.measure,

@@ -32,7 +32,7 @@ def mambapy_pscan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
     `Absent` if torch or mambapy is not installed.
     """
     torch = torch_module()
-    return _prepared(torch, _mambapy_scan(torch), inputs, dy, lambda array: array)
+    return prepared(torch, _mambapy_scan(torch), inputs, dy, lambda array: array)
 
 
 def torch_attention(inputs: Sequence[Array], dy: Array | None) -> Prepared:
@@ -52,7 +52,7 @@ def torch_attention(inputs: Sequence[Array], dy: Array | None) -> Prepared:
     def attend(q, k, v):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    return _prepared(torch, attend, inputs, dy, lambda array: np.swapaxes(array, 1, 2))
+    return prepared(torch, attend, inputs, dy, lambda array: np.swapaxes(array, 1, 2))
 
 
 def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
@@ -69,7 +69,7 @@ def transformers_scan(inputs: Sequence[Array], dy: Array | None) -> Prepared:
     """
     torch = torch_module()
     scan = _mamba_function("mamba_selective_scan")
-    return _prepared(torch, scan, inputs, dy, _tokens_last)
+    return prepared(torch, scan, inputs, dy, _tokens_last)
 
 
 def transformers_hvp(
@@ -173,7 +173,7 @@ def transformers_mixer(
         return torch.func.functional_call(mixer, _named(weights, parameters), (x,))
 
     inputs = [*(weights[name] for name in sorted(weights)), x]
-    return _prepared(torch, forward, inputs, dy, lambda array: array)
+    return prepared(torch, forward, inputs, dy, lambda array: array)
 
 
 def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
@@ -291,13 +291,23 @@ def _second_order(
     return Prepared(run, temp_bytes=temp_bytes(torch, run), outputs=outputs)
 
 
-def _prepared(
+def prepared(
     torch: Any,
     scan: Callable[..., Any],
     inputs: Sequence[Array],
     dy: Array | None,
-    layout: Callable[[Array], Array],
+    layout: Callable[[Array], Array] = lambda array: array,
 ) -> Prepared:
+    """A function of tensors, ready to be timed, with its gradients if `dy` is given.
+
+    **Arguments:**
+
+    - `torch`: the module.
+    - `scan`: takes the inputs as tensors.
+    - `inputs`, `dy`: NumPy arrays.
+    - `layout`: from the layout of NumPy's arrays to that of the tensors, and back.
+    """
+
     def tensor(array):
         return torch.from_numpy(np.array(layout(array), order="C"))
 

@@ -19,11 +19,13 @@ from . import (
     linear_recurrence,
     llama_decode,
     machine,
+    mamba2_decode,
     moe,
     one_token,
     scaling,
     second_order,
     selective_scan,
+    ssd,
 )
 from ._bars import NAMES
 from ._environment import RESULTS, ROOT
@@ -42,6 +44,8 @@ _SUBJECTS = (
     second_order,
     one_token,
     decode,
+    ssd,
+    mamba2_decode,
     layer,
     layer_memory,
     demo_speed,

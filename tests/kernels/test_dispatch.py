@@ -11,6 +11,7 @@ from support.kernel_cases import (
     recurrence_arguments,
     rounded,
     scan_arguments,
+    ssd_arguments,
 )
 from support.tolerances import assert_close
 
@@ -21,6 +22,7 @@ CHOICES = [None, ("xla",), ("reference", "xla"), ["xla", "reference"]]
 ARGUMENTS = {
     "selective_scan": scan_arguments((2,), 3, 2, 2),
     "linear_recurrence": recurrence_arguments((2,), 3, 2),
+    "ssd": ssd_arguments((2,), 3, 2, 2, 1, 2),
     "causal_conv": conv_arguments((2,), 3, 2, 2, 2),
 }
 

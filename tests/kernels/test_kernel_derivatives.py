@@ -28,6 +28,7 @@ from support.kernel_cases import (
     recurrence_arguments,
     scan_arguments,
     split_fixed,
+    ssd_arguments,
 )
 
 from capibara_eqx.kernels import selective_scan
@@ -61,6 +62,7 @@ CASES = {
         recurrence_arguments((2,), 5, 2, seed=3, is_complex=True),
         {"reverse": True},
     ),
+    "ssd": ("ssd", ssd_arguments((2,), 5, 2, 2, 1, 3, seed=14), {}),
     "causal_conv": ("causal_conv", conv_arguments((2,), 8, 4, 2, 3, **CONV), CONV),
     "depthwise_conv": (
         "depthwise_conv",
@@ -80,6 +82,11 @@ LONG_CASES = {
         recurrence_arguments((), 133, 2, seed=5),
         {},
     ),
+    "ssd": (
+        "ssd",
+        ssd_arguments((), 11, 4, 1, 2, 2, seed=15),
+        {"chunk_size": 4},
+    ),
     "depthwise_conv": (
         "depthwise_conv",
         conv_arguments((), 133, 2, 2, 3, groups=2, seed=12),
@@ -98,6 +105,7 @@ BARE_CASES = {
         recurrence_arguments((2,), 6, 2, options=(), seed=7),
         {},
     ),
+    "ssd": ("ssd", ssd_arguments((2,), 6, 2, 1, 2, 2, options=(), seed=16), {}),
     "causal_conv": (
         "causal_conv",
         conv_arguments((2,), 6, 2, 3, 2, options=(), seed=8),
@@ -208,6 +216,7 @@ def test_second_order_across_chunks(case, implementation):
             recurrence_arguments((), 3, 2, seed=10),
             {},
         ),
+        "ssd": ("ssd", ssd_arguments((), 3, 1, 2, 1, 2, seed=17), {"chunk_size": 2}),
     }
 )
 def test_third_order(case, implementation):

@@ -10,6 +10,7 @@ from support.kernel_cases import (
     conv_arguments,
     recurrence_arguments,
     scan_arguments,
+    ssd_arguments,
 )
 
 
@@ -24,6 +25,7 @@ def good_arguments():
     return {
         "selective_scan": cast(scan_arguments((2,), 7, 3, 4), "float32"),
         "linear_recurrence": cast(recurrence_arguments((2,), 7, 3), "float32"),
+        "ssd": cast(ssd_arguments((2,), 7, 4, 3, 2, 5), "float32"),
         "causal_conv": cast(conv_arguments((2,), 7, 4, 6, 3, groups=2), "float32")
         | {"groups": 2},
     }
@@ -53,6 +55,20 @@ WRONG = [
     ("selective_scan", "reset", zeros(2, 8, dtype="bool")),
     ("selective_scan", "reset", zeros(2, 7, dtype="int32")),
     ("selective_scan", "reset", zeros(2, 7)),
+    ("ssd", "x", zeros(4, 3)),
+    ("ssd", "log_decay", zeros(2, 7, 3)),
+    ("ssd", "log_decay", zeros(2, 7, 4, 1)),
+    ("ssd", "B", zeros(5)),
+    ("ssd", "B", zeros(2, 7, 3, 5)),
+    ("ssd", "B", zeros(2, 7, 0, 5)),
+    ("ssd", "C", zeros(2, 7, 1, 5)),
+    ("ssd", "C", zeros(2, 7, 2, 4)),
+    ("ssd", "coefficient", zeros(2, 7)),
+    ("ssd", "initial_state", zeros(2, 4, 5, 3)),
+    ("ssd", "reset", zeros(2, 7)),
+    ("ssd", "reset", zeros(2, 8, dtype="bool")),
+    ("ssd", "chunk_size", 0),
+    ("ssd", "chunk_size", 2.5),
     ("linear_recurrence", "x", zeros(3)),
     ("linear_recurrence", "a", zeros(2, 7, 1)),
     ("linear_recurrence", "a", zeros(7, 3)),
@@ -98,10 +114,16 @@ def test_wrong_argument_is_named(operation, name, value, jitted):
 
 @pytest.mark.parametrize(
     ("operation", "name"),
-    [("selective_scan", "u"), ("linear_recurrence", "x"), ("causal_conv", "x")],
+    [
+        ("selective_scan", "u"),
+        ("linear_recurrence", "x"),
+        ("ssd", "x"),
+        ("causal_conv", "x"),
+    ],
 )
 def test_a_sequence_of_length_zero_is_refused(operation, name):
     timed = ("u", "delta", "B", "C", "z", "reset", "a", "x", "segment_ids")
+    timed += ("log_decay", "coefficient")
     arguments = {
         n: v[:, :0] if n in timed else v for n, v in good_arguments()[operation].items()
     }

@@ -19,6 +19,7 @@ from support.kernel_cases import (
     scan_arguments,
     smooth_loss,
     split_fixed,
+    ssd_arguments,
 )
 from support.precision import enable_x64
 
@@ -35,6 +36,7 @@ CASES = {
     # So many states that a CPU reads one row after the other.
     "selective_scan_rows": ("selective_scan", scan_arguments((4,), 3, 49, 32), {}),
     "linear_recurrence": ("linear_recurrence", recurrence_arguments((2,), 5, 2), {}),
+    "ssd": ("ssd", ssd_arguments((2,), 5, 2, 2, 1, 3), {"chunk_size": 3}),
     "causal_conv": (
         "causal_conv",
         conv_arguments((2,), 8, 4, 2, 3, groups=2, dilation=2),

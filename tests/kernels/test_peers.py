@@ -8,11 +8,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.kernel_cases import IMPLEMENTATIONS, conv_arguments, scan_arguments
+from support.kernel_cases import (
+    IMPLEMENTATIONS,
+    conv_arguments,
+    scan_arguments,
+    ssd_arguments,
+)
 from support.numpy_oracles import mamba_layer
 from support.tolerances import assert_close
 
-from capibara_eqx.kernels import causal_conv, selective_scan
+from capibara_eqx.kernels import causal_conv, selective_scan, ssd
 
 
 torch = pytest.importorskip("torch", reason="needs the extra `peers`")
@@ -63,6 +68,34 @@ def test_selective_scan_of_transformers(seq, options, implementation):
     assert_close(y, want_y, dtype=np.float32, length=seq + 16, factor=16)
     assert_close(
         final_state, want_state.numpy(), dtype=np.float32, length=seq, factor=16
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS["ssd"])
+@pytest.mark.parametrize("options", [(), ("initial_state",)], ids=str)
+def test_ssd_of_transformers(options, implementation):
+    modeling_mamba2 = pytest.importorskip("transformers.models.mamba2.modeling_mamba2")
+    names = ("coefficient", *options)
+    arguments = ssd_arguments((2,), 21, 6, 4, 2, 5, options=names)
+    A = -np.arange(1.0, 7.0)
+    dt = np.abs(arguments["coefficient"])
+    arguments |= {"coefficient": dt, "log_decay": dt * A}
+    theirs = tensors(arguments, ())
+    want_y, want_state = modeling_mamba2.mamba2_chunk_scan(
+        theirs["x"],
+        theirs["coefficient"],
+        torch.tensor(A, dtype=torch.float32),
+        theirs["B"],
+        theirs["C"],
+        chunk_size=8,
+        initial_states=theirs.get("initial_state"),
+        return_final_states=True,
+    )
+    y, final_state = ssd(**arrays(arguments), implementation=implementation)
+    # Both sides round in float32, so the difference may be twice the tolerance.
+    assert_close(y, want_y.numpy(), dtype=np.float32, length=26, factor=16)
+    assert_close(
+        final_state, want_state.numpy(), dtype=np.float32, length=21, factor=16
     )
 
 

@@ -27,6 +27,7 @@ from support.kernel_cases import (
     scan_arguments,
     smooth_loss,
     split_fixed,
+    ssd_arguments,
 )
 from support.precision import enable_x64
 from support.tolerances import assert_close
@@ -38,11 +39,15 @@ from capibara_eqx.kernels import (
     sharded_causal_conv,
     sharded_linear_recurrence,
     sharded_selective_scan,
+    sharded_ssd,
+    ssd,
 )
 
 
 DEVICES = min(8, len(jax.devices()))
-# Rows apart over two devices, where there are so many, the sequence over the others.
+pytestmark = pytest.mark.skipif(DEVICES == 1, reason="needs several devices")
+
+# Rows apart over two devices, where that leaves some, the sequence over the others.
 ROWS = 2 if DEVICES % 2 == 0 else 1
 # Two tokens a device; the same with the last device left without any; one token for
 # some of them.
@@ -52,11 +57,13 @@ SHARDED = {
     "linear_recurrence": sharded_linear_recurrence,
     "selective_scan": sharded_selective_scan,
     "causal_conv": sharded_causal_conv,
+    "ssd": sharded_ssd,
 }
 PLAIN = {
     "linear_recurrence": linear_recurrence,
     "selective_scan": selective_scan,
     "causal_conv": causal_conv,
+    "ssd": ssd,
 }
 WEIGHTS = ("A", "D", "delta_bias", "weight", "bias")
 ROW = ("initial_state",)
@@ -91,12 +98,17 @@ def depthwise(seq):
     return conv_arguments((2,), seq, 3, 3, 4, groups=3, options=options)
 
 
+def dual(seq, **options):
+    return ssd_arguments((2,), seq, 2, 2, 1, 3, **options)
+
+
 WIDE = {"groups": 2, "dilation": 2}
 CASES = {
     "recurrence": Case("linear_recurrence", recurrence),
     "recurrence_reverse": Case("linear_recurrence", recurrence, {"reverse": True}),
     "scan": Case("selective_scan", scan, {"delta_softplus": True}),
     "scan_plain_steps": Case("selective_scan", scan),
+    "dual": Case("ssd", dual, {"chunk_size": 3}),
     "conv_depthwise": Case(
         "causal_conv", depthwise, {"groups": 3, "activation": "silu"}
     ),
@@ -111,6 +123,7 @@ MORE_CASES = {
     ),
     "scan_bare": Case("selective_scan", functools.partial(scan, options=())),
     "scan_reset": Case("selective_scan", functools.partial(scan, options=("reset",))),
+    "dual_bare": Case("ssd", functools.partial(dual, options=())),
     "conv_bare": Case("causal_conv", functools.partial(grouped, options=()), WIDE),
     "conv_fresh_documents": Case(
         "causal_conv", functools.partial(grouped, options=("segment_ids",)), WIDE
@@ -121,6 +134,9 @@ MORE_CASES = {
 }
 every = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 more = pytest.mark.parametrize("case", MORE_CASES.values(), ids=MORE_CASES)
+
+
+slow = pytest.mark.slow
 
 
 @functools.cache
@@ -186,7 +202,7 @@ def test_equals_the_loop(case, seq):
     check(case, arguments, results)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("seq", [EVEN, UNEVEN, SHORT, 1])
 @more
 def test_more_options_equal_the_loop(case, seq):
@@ -216,7 +232,7 @@ flags = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", ["recurrence", "recurrence_reverse", "scan"])
+@pytest.mark.parametrize("name", ["recurrence", "recurrence_reverse", "scan", "dual"])
 @given(seed=seeds, resets=flags)
 def test_any_values_and_any_resets(name, seed, resets):
     case = CASES[name]
@@ -242,7 +258,7 @@ BORDER = EVEN // 2
 
 
 @pytest.mark.parametrize("at", [BORDER - 1, BORDER, BORDER + 1])
-@pytest.mark.parametrize("name", ["recurrence", "recurrence_reverse", "scan"])
+@pytest.mark.parametrize("name", ["recurrence", "recurrence_reverse", "scan", "dual"])
 def test_a_reset_at_a_border_hides_what_overflowed(name, at):
     case, bad = CASES[name], 0 if name != "recurrence_reverse" else EVEN - 1
     arguments = case.arguments(EVEN)
@@ -276,7 +292,7 @@ def test_gradient_with_rows_sharded_too(case):
     check_gradient(*losses(case, fixed, mesh, place), smooth, place)
 
 
-@pytest.mark.parametrize("seq", [EVEN, pytest.param(UNEVEN, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seq", [EVEN, pytest.param(UNEVEN, marks=slow)])
 @pytest.mark.parametrize("name", ["recurrence", "conv_depthwise", "scan_plain_steps"])
 def test_gradient_over_explicit_axes(name, seq):
     case, mesh = CASES[name], line(AxisType.Explicit)
@@ -294,7 +310,7 @@ def unplaced(point):
     "name",
     [
         "recurrence",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in CASES if n != "recurrence"),
+        *(pytest.param(n, marks=slow) for n in CASES if n != "recurrence"),
     ],
 )
 def test_every_derivative_of_uneven_pieces(name):
@@ -305,7 +321,7 @@ def test_every_derivative_of_uneven_pieces(name):
     check_second_order(*pair, smooth)
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
 @every
 def test_second_order_of_rows_sharded_too(case, axis_type):
@@ -334,7 +350,7 @@ def test_gradients_stay_finite_where_an_overflow_is_hidden():
     assert_close(got[:, late], want[:, late], dtype="float32", length=EVEN)
 
 
-@pytest.mark.slow
+@slow
 @every
 def test_under_vmap_and_checkpoint_and_without_jit(case):
     arguments = case.arguments(EVEN)
@@ -347,7 +363,7 @@ def test_under_vmap_and_checkpoint_and_without_jit(case):
     check(case, arguments, results, "float32")
 
 
-@pytest.mark.slow
+@slow
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
 @every
 def test_other_implementations(case, implementation):
@@ -385,16 +401,19 @@ def memory(case: Case, devices: int, seq: int, *, gradient: bool):
     return outer, outer + found.temp_size_in_bytes
 
 
-slow = pytest.mark.slow
-
-
 @pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradient"])
 @pytest.mark.parametrize(
     "name",
-    ["scan", pytest.param("recurrence", marks=slow), pytest.param("conv", marks=slow)],
+    [
+        "scan",
+        *(
+            pytest.param(n, marks=slow)
+            for n in ("recurrence", "dual", "conv_documents")
+        ),
+    ],
 )
 def test_memory_of_a_device_falls_with_their_number(name, gradient):
-    case = CASES["conv_documents" if name == "conv" else name]
+    case = CASES[name]
     seq = 512 * DEVICES
     outer, peak = memory(case, DEVICES, seq, gradient=gradient)
     outer_alone, peak_alone = memory(case, 1, seq, gradient=gradient)

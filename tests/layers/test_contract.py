@@ -23,7 +23,7 @@ from support.layer_cases import (
     step,
 )
 
-from capibara_eqx.layers import AbstractSequenceMixer, PatchEmbedding
+from capibara_eqx.layers import AbstractSequenceMixer, Bidirectional, PatchEmbedding
 
 
 def everything(layer, x, ids, x_next):
@@ -35,7 +35,7 @@ def everything(layer, x, ids, x_next):
 
 def call_vmapped(layer, x, *ids):
     axes = ids[0].ndim - 1 if ids else x.ndim - 1
-    if not ids and isinstance(layer, AbstractSequenceMixer):
+    if not ids and isinstance(layer, AbstractSequenceMixer | Bidirectional):
         axes -= 1  # the sequence
     if isinstance(layer, PatchEmbedding):
         axes -= 2  # channels and height

@@ -9,11 +9,13 @@ import pytest
 from support.messages import refused
 
 from capibara_eqx.layers import (
+    S5,
     Conv1DBlock,
     Dropout,
     Embedding,
     LayerNorm,
     Linear,
+    LinearSSM,
     Mamba,
     RMSNorm,
 )
@@ -30,6 +32,10 @@ def builder(layer: Any, **defaults: Any) -> Any:
 
 mamba = builder(Mamba, d_model=4, d_state=3)
 conv = builder(Conv1DBlock, in_channels=4, out_channels=4, kernel_size=3)
+linear_ssm = builder(
+    LinearSSM, input_dim=4, output_dim=4, state_dim=3, dropout_rate=0.0
+)
+s5 = builder(S5, d_model=4, d_state=6)
 linear = builder(Linear, in_features=4, out_features=3)
 embedding = builder(Embedding, num_embeddings=5, embedding_size=3)
 
@@ -38,7 +44,7 @@ def zeros(*shape, dtype="float32"):
     return jnp.zeros(shape, dtype)
 
 
-MIXERS = {"Mamba": mamba, "Conv1DBlock": conv}
+MIXERS = {"Mamba": mamba, "Conv1DBlock": conv, "LinearSSM": linear_ssm, "S5": s5}
 both = pytest.mark.parametrize("layer", MIXERS)
 
 # constructor, argument, wrong values
@@ -57,6 +63,17 @@ SIZES = [
     (conv, "kernel_size", [0, -3]),
     (conv, "groups", [0, -1]),
     (conv, "dilation", [0, -1]),
+    (linear_ssm, "input_dim", [0, 2.5]),
+    (linear_ssm, "output_dim", [0, -4]),
+    (linear_ssm, "state_dim", [0, "4"]),
+    (linear_ssm, "conv_dim", [0, -1]),
+    (linear_ssm, "dt_min", [0.0, float("nan")]),
+    (linear_ssm, "dt_max", [-0.1, float("inf")]),
+    (s5, "d_model", [0, 1.5]),
+    (s5, "d_state", [0, -2]),
+    (s5, "blocks", [0, "2"]),
+    (s5, "dt_min", [0.0, float("nan")]),
+    (s5, "dt_max", [-0.1, float("inf")]),
     (linear, "in_features", [0, -1]),
     (linear, "out_features", [0, -1]),
     (embedding, "num_embeddings", [0, -1]),
@@ -96,6 +113,18 @@ CHOICES = [
     (mamba, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
     (conv, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
     (mamba, {"implementation": ["xla", "cpu"]}, ["implementation", "one name"]),
+    (linear_ssm, {"dt_min": 0.2, "dt_max": 0.1}, ["dt_min", "dt_max", "swapped"]),
+    (linear_ssm, {"measure": "lags"}, ["measure", "'lags'", "Did you mean 'legs'"]),
+    (linear_ssm, {"discretization": "zho"}, ["discretization", "Did you mean 'zoh'"]),
+    (linear_ssm, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
+    (linear_ssm, {"dropout_rate": 1.5}, ["`dropout_rate`", "1.5", "between 0 and 1"]),
+    (s5, {"dt_min": 0.2, "dt_max": 0.1}, ["dt_min", "dt_max", "swapped"]),
+    (s5, {"d_state": 5}, ["`d_state`", "even", "d_state=5", "multiple of 2"]),
+    (s5, {"blocks": 2}, ["`d_state`", "d_state=6 and blocks=2", "multiple of 4"]),
+    (s5, {"discretization": "euler"}, ["discretization", "'zoh', 'bilinear'"]),
+    (s5, {"C_init": "lecun_norm"}, ["C_init", "Did you mean 'lecun_normal'"]),
+    (s5, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
+    (s5, {"dropout_rate": -0.5}, ["`dropout_rate`", "-0.5", "between 0 and 1"]),
     (Dropout, {"p": 1.5}, ["`p`", "1.5", "between 0 and 1"]),
     (Dropout, {"p": -0.1}, ["`p`", "-0.1", "between 0 and 1"]),
 ]
@@ -199,6 +228,10 @@ def test_a_cache_of_other_batch_axes(layer, batch):
         (conv(), conv(kernel_size=5)),
         (conv(), conv(dilation=2)),
         (conv(), conv(in_channels=8)),
+        (linear_ssm(), linear_ssm(state_dim=5)),
+        (linear_ssm(), linear_ssm(conv_dim=2)),
+        (s5(), s5(d_state=8)),
+        (s5(), linear_ssm()),
         (mamba(), conv()),
         (conv(), mamba()),
     ],
@@ -247,3 +280,34 @@ def test_a_centred_convolution_neither_streams_nor_packs():
 def test_dropout_without_a_key():
     with refused("Dropout", "`key`", "inference_mode"):
         Dropout(0.5)(zeros(3))
+
+
+@pytest.mark.parametrize("build", [linear_ssm, s5], ids=["LinearSSM", "S5"])
+def test_a_state_space_that_drops_needs_a_key(build):
+    with refused("Dropout", "`key`", "inference_mode"):
+        build(dropout_rate=0.1)(zeros(5, 4))
+
+
+def test_forward_that_drops_needs_a_key():
+    layer = linear_ssm(dropout_rate=0.1)
+    with refused("Dropout", "`key`", "inference_mode"):
+        layer.forward(zeros(2, 5, 4))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 2, 5, 4), (2, 0, 4), (0, 4)])
+def test_axes_that_forward_does_not_take(shape):
+    with refused("LinearSSM.forward", "`x`", "one token a row", str(shape)):
+        linear_ssm().forward(zeros(*shape))
+
+
+def test_a_state_that_forward_does_not_take():
+    layer, words = linear_ssm(), ("LinearSSM.forward", "`state`", "(2, 3)")
+    for shape in [(3,), (2, 4), (1, 3), (2, 5, 3)]:
+        with refused(*words, str(shape)):
+            layer.forward(zeros(2, 5, 4), zeros(*shape))
+    with refused(*words, "str"):
+        layer.forward(zeros(2, 4), "zeros")
+    with refused("LinearSSM", "`cache", "init_cache", "batch"):
+        layer.forward(zeros(2, 5, 4), layer.init_cache((3,)))
+    with refused("LinearSSM.forward", "`x`", "(2, 5)"):
+        layer.forward(zeros(2, 5))

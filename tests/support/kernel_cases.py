@@ -19,6 +19,7 @@ from capibara_eqx.kernels import (
     causal_conv,
     linear_recurrence,
     selective_scan,
+    ssd,
 )
 from capibara_eqx.kernels._causal_conv import fused as fused_conv
 
@@ -34,6 +35,7 @@ FLOAT32_ONLY = ("pallas_tpu", "pallas_gpu")
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "selective_scan": ("reference", "xla", FUSED),
     "linear_recurrence": ("reference", "xla"),
+    "ssd": ("reference", "xla"),
     "causal_conv": ("reference", "xla"),
     # Every channel by itself, which more kernels can.
     "depthwise_conv": ("reference", "xla", *{FUSED}.intersection(fused_conv.NAMES)),
@@ -43,6 +45,7 @@ Arguments = dict[str, np.ndarray]
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
     "selective_scan": selective_scan,
     "linear_recurrence": linear_recurrence,
+    "ssd": ssd,
     "causal_conv": causal_conv,
 }
 # What cases may name: an operation, or one in the form that more kernels can.
@@ -50,6 +53,7 @@ FUNCTIONS = {**OPERATIONS, "depthwise_conv": causal_conv}
 ORACLES: Mapping[str, Callable[..., Any]] = {
     "selective_scan": oracles.selective_scan,
     "linear_recurrence": oracles.linear_recurrence,
+    "ssd": oracles.ssd,
     "causal_conv": oracles.causal_conv,
     "depthwise_conv": oracles.causal_conv,
 }
@@ -132,6 +136,32 @@ def recurrence_arguments(
         "reset": rng.random((*batch, seq)) < 0.2,
     }
     return {name: arguments[name] for name in ("a", "x", *options)}
+
+
+def ssd_arguments(
+    batch: Sequence[int],
+    seq: int,
+    n_heads: int,
+    head_dim: int,
+    n_groups: int,
+    d_state: int,
+    *,
+    options: Sequence[str] = ("coefficient", "initial_state", "reset"),
+    seed: int = 0,
+) -> Arguments:
+    """Arguments of `ssd`; the coefficient takes both signs."""
+    rng, batch = np.random.default_rng(seed), tuple(batch)
+    arguments = {
+        "x": rng.standard_normal((*batch, seq, n_heads, head_dim)),
+        "log_decay": -rng.uniform(0.01, 1.2, (*batch, seq, n_heads)),
+        "B": rng.standard_normal((*batch, seq, n_groups, d_state)),
+        "C": rng.standard_normal((*batch, seq, n_groups, d_state)),
+        "coefficient": rng.standard_normal((*batch, seq, n_heads)),
+        "initial_state": rng.standard_normal((*batch, n_heads, head_dim, d_state)),
+        "reset": rng.random((*batch, seq)) < 0.2,
+    }
+    always = ("x", "log_decay", "B", "C")
+    return {name: arguments[name] for name in (*always, *options)}
 
 
 def conv_arguments(

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from support import small_state_spaces
+from support.small_layers import bidirectional, hybrid, hybrid_of_convolutions, ultra
 from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
@@ -30,6 +32,7 @@ from capibara_eqx.layers import (
     LayerNorm,
     Linear,
     Mamba,
+    Mamba2,
     MoE,
     PatchEmbedding,
     RMSNorm,
@@ -129,6 +132,7 @@ _EVERYTHING: dict[str, Any] = {
     "residual": True,
 }
 _ODD: dict[str, Any] = {"dt_rank": 2, "activation": "gelu", "bias": True}
+_LIMITED: dict[str, Any] = {"dt_limit": (0.01, 0.2), "chunk_size": 4}
 _ATTENTION: dict[str, Any] = {
     "rope_enabled": True,
     "qk_norm": True,
@@ -181,6 +185,9 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
+    Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
+    Case("linear_ssm", small_state_spaces.linear_ssm, 3, 40),
+    Case("s5", small_state_spaces.s5, 3, 40),
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",
@@ -188,6 +195,9 @@ CASES = (
         width=4,
         terms=20,
     ),
+    Case("hybrid_mix", hybrid_of_convolutions, 3, 20),
+    Case("bidirectional", bidirectional, 3, 20, mixer=False, axes=(LENGTH,)),
+    Case("ultra", ultra, 3, 40, padding="input"),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     # The rest differs from the ones above in a value or two.
     Case(
@@ -214,6 +224,15 @@ CASES = (
         terms=20,
         slow=True,
     ),
+    Case(
+        "mamba2_groups",
+        partial(Mamba2, 4, 2, 2, head_dim=2, n_groups=2, norm_before_gate=True),
+        width=4,
+        terms=40,
+        slow=True,
+    ),
+    Case("linear_ssm_legt", small_state_spaces.linear_ssm_legt, 3, 20, slow=True),
+    Case("s5_bilinear", small_state_spaces.s5_bilinear, 2, 20, slow=True),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),
     Case(
         "stack_scanned",
@@ -233,6 +252,9 @@ CASES = (
         slow=True,
     ),
     Case("model_hybrid", _hybrid_model, **_MODEL, slow=True),
+    Case("hybrid_mamba_attention", hybrid, 4, 60, slow=True),
+    Case("ultra_mamba", partial(ultra, "mamba"), 3, 60, padding="input", slow=True),
+    Case("hybrid_ssm", partial(hybrid, use_transformer=False), 4, 60, slow=True),
     Case("attention_ring", partial(Attention, 3, 1, window=3), 3, 20, slow=True),
     Case("attention_plain", partial(Attention, 3, 3), 3, 20, slow=True),
     Case(

@@ -123,6 +123,40 @@ def linear_recurrence(
     return h_all, final_state
 
 
+def ssd(
+    x: Array,
+    log_decay: Array,
+    B: Array,
+    C: Array,
+    *,
+    coefficient: Array | None = None,
+    initial_state: Array | None = None,
+    reset: Array | None = None,
+    chunk_size: int | None = None,
+) -> tuple[Array, Array]:
+    """The Mamba-2 recurrence, one row, head and step at a time; there are no chunks."""
+    x, log_decay, B, C = (wide(value) for value in (x, log_decay, B, C))
+    (*batch, seq, n_heads, head_dim), (n_groups, d_state) = x.shape, B.shape[-2:]
+    y = np.zeros(x.shape)
+    final_state = np.zeros((*batch, n_heads, head_dim, d_state))
+    for row in np.ndindex(tuple(batch)):
+        for head in range(n_heads):
+            group = head // (n_heads // n_groups)
+            h = np.zeros((head_dim, d_state))
+            if initial_state is not None:
+                h = wide(initial_state)[(*row, head)].copy()
+            for t in range(seq):
+                if reset is not None and reset[(*row, t)]:
+                    h = np.zeros((head_dim, d_state))
+                new = np.outer(x[(*row, t, head)], B[(*row, t, group)])
+                if coefficient is not None:
+                    new = wide(coefficient)[(*row, t, head)] * new
+                h = np.exp(log_decay[(*row, t, head)]) * h + new
+                y[(*row, t, head)] = h @ C[(*row, t, group)]
+            final_state[(*row, head)] = h
+    return y, final_state
+
+
 def documents(segment_ids: Array) -> list[list[int]]:
     """The positions of the documents of one row, padding left out.
 

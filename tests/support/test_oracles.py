@@ -45,6 +45,19 @@ def test_linear_recurrence_with_a_equal_to_one_sums_since_the_reset():
     close(back[:, 0], [10.0, 9.0, 7.0, 4.0, 18.0, 13.0, 7.0])
 
 
+def test_ssd_of_one_state_is_the_selective_scan_of_it():
+    """With heads of one channel each, sharing one group, the two are the same."""
+    rng = np.random.default_rng(12)
+    x, B, C = (rng.standard_normal((9, n)) for n in (3, 2, 2))
+    dt, rate = rng.uniform(0.1, 0.9, (9, 3)), -rng.uniform(0.2, 2.0, 3)
+    want_y, want_state = oracles.selective_scan(x, dt, np.tile(rate[:, None], 2), B, C)
+    y, state = oracles.ssd(
+        x[..., None], dt * rate, B[:, None], C[:, None], coefficient=dt
+    )
+    close(y[..., 0], want_y, 20)
+    close(state[:, 0], want_state, 20)
+
+
 def test_selective_scan_with_constant_parameters_is_a_filter():
     rng = np.random.default_rng(2)
     u, seq, dt, gain = rng.standard_normal(40), 40, 0.3, np.array([0.5, -1.2])

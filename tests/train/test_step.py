@@ -7,10 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from capibara_eqx.layers import AbstractAux, AbstractSequenceMixer, Mamba
+from capibara_eqx.layers import (
+    AbstractAux,
+    AbstractSequenceMixer,
+    Mamba,
+    cast_for_compute,
+)
 from capibara_eqx.models import LanguageModel, ResidualBlock, mamba_language_model
 from capibara_eqx.train import (
-    cast_for_compute,
     init_train_state,
     make_train_step,
     next_token_loss,

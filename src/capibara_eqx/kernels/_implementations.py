@@ -8,11 +8,13 @@ from ._dispatch import check_names
 from ._experts import api as experts
 from ._linear_recurrence import api as linear_recurrence
 from ._selective_scan import api as selective_scan
+from ._ssd import api as ssd
 
 
 _OPERATIONS: Mapping[str, Any] = {
     "selective_scan": selective_scan,
     "linear_recurrence": linear_recurrence,
+    "ssd": ssd,
     "causal_conv": causal_conv,
     "experts": experts,
     "attention": attention,

@@ -12,7 +12,6 @@ from ..internal import (
     check_choice,
     check_last_axis,
     check_positive,
-    check_range,
     check_segment_ids,
     check_sequence,
     check_size,
@@ -25,11 +24,7 @@ from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._linear import Linear
 from ._mixer import AbstractSequenceMixer
-
-
-# Padding is read with this step size before softplus. It is far below where exp
-# underflows, so the step is exactly zero and so is its gradient, in every dtype.
-_NO_STEP = -1e4
+from ._step_size import NO_STEP, check_step_range, step_bias
 
 
 class MambaCache(eqx.Module):
@@ -138,15 +133,8 @@ class Mamba(AbstractSequenceMixer):
         }
         for name, value in sizes.items():
             check_size(name, value)
-        steps = {"dt_min": dt_min, "dt_max": dt_max, "dt_scale": dt_scale}
-        for name, value in steps.items():
-            check_positive(name, value)
-        if dt_min > dt_max:
-            raise ValueError(
-                "`dt_min` must not be greater than `dt_max`, got "
-                f"dt_min={dt_min} and dt_max={dt_max}. Are they swapped?"
-            )
-        check_range("dt_init_floor", dt_init_floor, least=0, hint="0 sets none.")
+        check_step_range(dt_min, dt_max, dt_init_floor)
+        check_positive("dt_scale", dt_scale)
         if isinstance(dt_rank, str):
             check_choice("dt_rank", dt_rank, ("auto",))
             dt_rank = math.ceil(d_model / 16)
@@ -264,7 +252,7 @@ class Mamba(AbstractSequenceMixer):
         reset = None
         if segment_ids is not None:
             valid = segment_ids[..., None] >= 0
-            delta = jnp.where(valid, delta, jnp.asarray(_NO_STEP, delta.dtype))
+            delta = jnp.where(valid, delta, jnp.asarray(NO_STEP, delta.dtype))
             reset = segment_starts(segment_ids, segment.astype(segment_ids.dtype))
         y, state = selective_scan(
             u,
@@ -286,7 +274,6 @@ class Mamba(AbstractSequenceMixer):
 
 def _step_projection(dt_rank, d_inner, dt_range, dt_weights, dtype, *, key) -> Linear:
     """The map to step sizes, its bias the inverse softplus of the wanted steps."""
-    dt_min, dt_max, floor = dt_range
     dt_init, dt_scale = dt_weights
     linear_key, weight_key, bias_key = jax.random.split(key, 3)
     linear = Linear(dt_rank, d_inner, use_bias=True, dtype=dtype, key=linear_key)
@@ -296,8 +283,7 @@ def _step_projection(dt_rank, d_inner, dt_range, dt_weights, dtype, *, key) -> L
         weight = jax.random.uniform(weight_key, shape, weight_dtype, -limit, limit)
     else:
         weight = jnp.full(shape, limit, weight_dtype)
-    uniform = jax.random.uniform(bias_key, (d_inner,), accumulator_dtype(weight_dtype))
-    low, high = math.log(dt_min), math.log(dt_max)
-    dt = jnp.maximum(jnp.exp(low + uniform * (high - low)), floor)
-    bias = dt + jnp.log(-jnp.expm1(-dt))
+    dt_min, dt_max, floor = dt_range
+    wide = accumulator_dtype(weight_dtype)
+    bias = step_bias(d_inner, dt_min, dt_max, floor, wide, key=bias_key)
     return eqx.tree_at(lambda m: (m.weight, m.bias), linear, (weight, bias))

@@ -129,3 +129,20 @@ class AbstractSequenceMixer(eqx.Module):
 
         The output `(*batch, d_out)` and the new cache.
         """
+
+
+def check_mixed(
+    layer: str, part: str, x: Float[Array, "..."], y: Any
+) -> Float[Array, "..."]:
+    """`y`, made of `x` by a part; `ValueError` unless it is an array of its shape."""
+    if isinstance(y, tuple):
+        raise ValueError(
+            f"{layer}: `{part}` must return its output alone, got a tuple of {len(y)}. "
+            "Mixers that report something beside it stand in blocks of `models`."
+        )
+    if y.shape != x.shape:
+        raise ValueError(
+            f"{layer}: `{part}` must keep the shape of its input, {x.shape}, got "
+            f"{y.shape}. Build it with equal widths in and out."
+        )
+    return y

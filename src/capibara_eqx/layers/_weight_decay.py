@@ -4,12 +4,14 @@ import equinox as eqx
 import jax
 from jaxtyping import PyTree
 
+from ._gated_norm import GatedRMSNorm
 from ._norm import LayerNorm, RMSNorm
 
 
 _NORMS = (
     RMSNorm,
     LayerNorm,
+    GatedRMSNorm,
     eqx.nn.RMSNorm,
     eqx.nn.LayerNorm,
     eqx.nn.GroupNorm,

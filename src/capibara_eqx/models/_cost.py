@@ -9,19 +9,25 @@ from jaxtyping import PyTree
 from ..layers import (
     GLU,
     MLP,
+    S5,
     AbstractAttention,
     ByteEmbedding,
     Conv1DBlock,
     Dropout,
     Embedding,
+    GatedRMSNorm,
+    HybridSSM,
     LayerNorm,
     Linear,
+    LinearSSM,
     Mamba,
+    Mamba2,
     MoE,
     PatchEmbedding,
     RMSNorm,
     SwiGLU,
     TokenEmbedding,
+    UltraSSM,
 )
 from ._block import ResidualBlock
 from ._language_model import LanguageModel
@@ -47,12 +53,14 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel; norms as
-    four a channel. Of a mixture of experts the router, the shared expert and the
-    `top_k` experts that a token takes are counted, though all have parameters and some
-    implementations compute all; attention as its four or more maps, two products a
-    score and five operations for its softmax, with `max_len` tokens in view, or as many
-    as its window. Forward, one token.
+    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
+    Mamba-2 as five a state, since its decays are one a head; the products of
+    `LinearSSM` and `S5`, not their discretisation, of which there is one a call, and
+    eight a complex state; norms as four a channel. Of a mixture of experts the router,
+    the shared expert and the `top_k` experts that a token takes are counted, though all
+    have parameters and some implementations compute all; attention as its four or more
+    maps, two products a score and five operations for its softmax, with `max_len`
+    tokens in view, or as many as its window. Forward, one token.
 
     **Arguments:**
 
@@ -112,12 +120,14 @@ def _flops(layer: Any, max_len: int | None) -> int:
         case ResidualBlock():
             parts = (layer.norm, layer.mixer)
             return sum(_flops(part, max_len) for part in parts)
-        case TransformerBlock():
+        case TransformerBlock() | UltraSSM():
             mixing = (layer.mixer_norm, layer.mixer)
             parts = (*mixing, layer.feed_forward_norm, layer.feed_forward)
-            return sum(_flops(part, max_len) for part in parts)
+            return sum(_flops(part, max_len) for part in parts if part is not None)
         case AbstractAttention():
             return _attention(layer, max_len)
+        case HybridSSM():
+            return _hybrid(layer, max_len)
     for kind, formula in _FORMULAS.items():
         if isinstance(layer, kind):
             return formula(layer)
@@ -143,6 +153,24 @@ def _mamba(layer: Mamba) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + scan
 
 
+def _mamba2(layer: Mamba2) -> int:
+    maps = _linear(layer.in_proj) + _linear(layer.out_proj) + _conv(layer.conv)
+    scan = 5 * layer.d_inner * layer.d_state + 4 * layer.d_inner
+    return maps + scan + _flops(layer.norm, None)
+
+
+def _linear_ssm(layer: LinearSSM) -> int:
+    matrices = (layer.A, layer.B, layer.C, layer.D)
+    residual = 0 if layer.residual_proj is None else _linear(layer.residual_proj)
+    return _conv(layer.conv) + 2 * sum(m.size for m in matrices) + residual
+
+
+def _s5(layer: S5) -> int:
+    # Real inputs and outputs: two real products a complex weight.
+    maps = 2 * layer.B.size + 2 * layer.C.size
+    return maps + 8 * layer.half + _linear(layer.gate)
+
+
 def _gated(layer: GLU | SwiGLU) -> int:
     return sum(map(_linear, (layer.gate_proj, layer.up_proj, layer.down_proj)))
 
@@ -162,6 +190,16 @@ def _attention(layer: AbstractAttention, max_len: int | None) -> int:
     return maps + layer.n_heads * cache.slots * (2 * d + 2 * v + 5)
 
 
+def _hybrid(layer: HybridSSM, max_len: int | None) -> int:
+    cache = layer.init_cache  # A switch has work in the branch of its cache alone.
+    cache = eqx.filter_eval_shape(cache, max_len=max_len)
+    branches = ((layer.ssm, cache.ssm), (layer.attention, cache.attention))
+    work = sum(_flops(part, max_len) for part, held in branches if held is not None)
+    return (
+        work if layer.gate is None else work + _linear(layer.gate) + 4 * layer.d_model
+    )
+
+
 _FORMULAS: dict[type, Callable[[Any], int]] = {
     Linear: _linear,
     Embedding: lambda layer: 0,
@@ -172,7 +210,11 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     RMSNorm: lambda layer: 4 * layer.d_model,
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
+    GatedRMSNorm: lambda layer: 5 * layer.d_model,
+    LinearSSM: _linear_ssm,
     Mamba: _mamba,
+    Mamba2: _mamba2,
+    S5: _s5,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),

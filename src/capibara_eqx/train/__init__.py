@@ -21,7 +21,6 @@ from ._plots import plot_loss as plot_loss
 from ._references import reference_bits_per_byte as reference_bits_per_byte
 from ._run import RunFolder as RunFolder
 from ._step import TrainState as TrainState
-from ._step import cast_for_compute as cast_for_compute
 from ._step import init_train_state as init_train_state
 from ._step import make_train_step as make_train_step
 from ._step import next_token_loss as next_token_loss

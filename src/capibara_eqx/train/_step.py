@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, DTypeLike, Float, Int, Integer, PyTree
 
 from ..internal import accumulate, check_positive
-from ..layers import weight_decay_mask
+from ..layers import cast_for_compute
 from ..models import LanguageModel, aux_losses
 
 
@@ -46,19 +46,6 @@ def next_token_loss(
         accumulate(logits), targets
     )
     return jnp.mean(losses)
-
-
-def cast_for_compute(model: PyTree, dtype: DTypeLike) -> PyTree:
-    """`model` with its matrices, kernels and embeddings in `dtype`.
-
-    Biases, norms and whatever else weight decay leaves alone keep their dtype: they
-    are small, and the decay rates of a state space need their digits.
-    """
-
-    def cast(leaf, is_matrix):
-        return leaf.astype(dtype) if is_matrix else leaf
-
-    return jax.tree.map(cast, model, weight_decay_mask(model))
 
 
 def make_train_step(

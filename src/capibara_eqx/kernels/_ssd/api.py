@@ -1,0 +1,112 @@
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from ...internal import check_size
+from .._checks import check_shape
+from .._dispatch import dispatch
+from . import reference, xla
+
+
+BACKENDS = {"xla": xla.ssd, "reference": reference.ssd}
+
+
+def ssd(
+    x: Float[Array, "*batch seq n_heads head_dim"],
+    log_decay: Float[Array, "*batch seq n_heads"],
+    B: Float[Array, "*batch seq n_groups d_state"],
+    C: Float[Array, "*batch seq n_groups d_state"],
+    *,
+    coefficient: Float[Array, "*batch seq n_heads"] | None = None,
+    initial_state: Float[Array, "*batch n_heads head_dim d_state"] | None = None,
+    reset: Bool[Array, "*batch seq"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> tuple[
+    Float[Array, "*batch seq n_heads head_dim"],
+    Float[Array, "*batch n_heads head_dim d_state"],
+]:
+    r"""The state space dual of Mamba-2: a scan with one decay a head, by products.
+
+    For every head, with $g$ its group and $h_0$ the initial state, a matrix of
+    `(head_dim, d_state)`:
+
+    $$h_t = e^{a_t} h_{t-1} + c_t\, x_t B_{t,g}^\top, \qquad y_t = h_t C_{t,g}$$
+
+    Mamba-2 has $a = \Delta A$ and $c = \Delta$. The coefficient is free, so that other
+    rules are sums of calls: Mamba-3's trapezoid $h_t = e^{a_t} h_{t-1} + \beta_t
+    x_{t-1} B_{t-1}^\top + \gamma_t x_t B_t^\top$ is two. Within chunks of tokens the
+    recurrence is a masked product, as attention is, and a state passes from chunk to
+    chunk. Dao and Gu, *Transformers are SSMs*, arXiv 2405.21060.
+
+    Differentiable any number of times, forward and reverse, in every array argument,
+    through `y` and `final_state`; works under `jit`, `vmap`, `checkpoint` and inside
+    `shard_map` over mesh axes of type Auto or Explicit.
+
+    **Arguments:**
+
+    - `x`: input, `(*batch, seq, n_heads, head_dim)`, any number of batch axes.
+    - `log_decay`: $a$, zero or negative for stability, `(*batch, seq, n_heads)`. Sums
+        of up to `chunk_size` of them are subtracted from each other, so that weights
+        have the relative error of the largest such sum, in its dtype.
+    - `B`, `C`: input and output maps of each token, `(*batch, seq, n_groups, d_state)`.
+        `n_groups` divides `n_heads`; neighbouring heads share a group.
+    - `coefficient`: $c$, `(*batch, seq, n_heads)`; ones if not given.
+    - `initial_state`: state before the first token, `(*batch, n_heads, head_dim,
+        d_state)`; zeros if not given.
+    - `reset`: where the state is zeroed before the token is read, `(*batch, seq)`.
+    - `chunk_size`: tokens that are multiplied together; it changes speed and memory,
+        not the result. By default what measured fastest.
+    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
+        which the first that can is used.
+
+    **Returns:**
+
+    `(y, final_state)`: `y` with the shape and dtype of `x`, and the state after the
+    last token in float32 or wider.
+
+    **Raises:**
+
+    `ValueError` naming the argument whose shape does not fit, or an unknown
+    implementation.
+
+    !!! example
+
+        ```python
+        dt = jax.nn.softplus(dt)
+        y, state = ssd(x, dt * A, B, C, coefficient=dt)
+        y2, state = ssd(x2, dt2 * A, B2, C2, coefficient=dt2, initial_state=state)
+        ```
+    """
+    name = "ssd"
+    layout = "(*batch, seq, n_heads, head_dim)"
+    if x.ndim < 3:
+        raise ValueError(f"{name}: `x` must have shape {layout}, got {x.shape}.")
+    *batch, seq, n_heads, head_dim = x.shape
+    if seq == 0:
+        raise ValueError(
+            f"{name}: `x` has a zero-length sequence, shape {x.shape}; a sequence "
+            "holds at least one token."
+        )
+    if B.ndim < 2 or B.shape[-2] == 0 or n_heads % B.shape[-2]:
+        raise ValueError(
+            f"{name}: `B` must have shape (*batch, seq, n_groups, d_state), where "
+            f"n_groups divides the {n_heads} heads of `x`; got {B.shape}."
+        )
+    n_groups, d_state = B.shape[-2:]
+    for argument, value in (("B", B), ("C", C)):
+        expected = (*batch, seq, n_groups, d_state)
+        meaning = "(*batch, seq, n_groups, d_state)"
+        check_shape(name, argument, value, expected, meaning)
+    heads = (*batch, seq, n_heads)
+    check_shape(name, "log_decay", log_decay, heads, "(*batch, seq, n_heads)")
+    check_shape(name, "coefficient", coefficient, heads, "(*batch, seq, n_heads)")
+    expected = (*batch, n_heads, head_dim, d_state)
+    meaning = "(*batch, n_heads, head_dim, d_state)"
+    check_shape(name, "initial_state", initial_state, expected, meaning)
+    check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
+    if chunk_size is not None:
+        check_size("chunk_size", chunk_size)
+    operands = (x, log_decay, B, C, coefficient, initial_state, reset)
+    return dispatch(name, BACKENDS, implementation, *operands, chunk_size)
