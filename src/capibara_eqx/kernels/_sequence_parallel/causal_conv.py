@@ -70,9 +70,9 @@ def sharded_causal_conv(
     !!! example
 
         ```python
-        mesh = jax.make_mesh((8,), ("seq",))
-        conv = partial(sharded_causal_conv, mesh=mesh, axis="seq", groups=x.shape[-1])
-        y, state = jax.jit(conv)(x, weight)
+        mesh = jax.sharding.Mesh(jax.devices(), ("seq",))
+        options = {"mesh": mesh, "axis": "seq", "groups": x.shape[-1]}
+        y, state = jax.jit(lambda x: sharded_causal_conv(x, weight, **options))(x)
         ```
     """
     plain = functools.partial(

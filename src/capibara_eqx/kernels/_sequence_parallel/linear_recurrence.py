@@ -63,9 +63,9 @@ def sharded_linear_recurrence(
     !!! example
 
         ```python
-        mesh = jax.make_mesh((8,), ("seq",))
-        scan = partial(sharded_linear_recurrence, mesh=mesh, axis="seq")
-        h, last = jax.jit(scan)(a, x)
+        mesh = jax.sharding.Mesh(jax.devices(), ("seq",))
+        options = {"mesh": mesh, "axis": "seq"}
+        h, last = jax.jit(lambda *ax: sharded_linear_recurrence(*ax, **options))(a, x)
         ```
     """
     plain = functools.partial(

@@ -75,9 +75,13 @@ def sharded_selective_scan(
     !!! example
 
         ```python
-        mesh = jax.make_mesh((2, 4), ("data", "seq"))
-        scan = partial(sharded_selective_scan, mesh=mesh, axis="seq", batch_axis="data")
-        y, state = jax.jit(scan)(u, delta, A, B, C)
+        mesh = jax.sharding.Mesh(jax.devices(), ("seq",))
+
+        @jax.jit
+        def scan(u, delta, A, B, C):
+            return sharded_selective_scan(u, delta, A, B, C, mesh=mesh, axis="seq")
+
+        y, state = scan(u, delta, A, B, C)
         ```
     """
     plain = functools.partial(

@@ -65,9 +65,15 @@ def sharded_ssd(
     !!! example
 
         ```python
-        mesh = jax.make_mesh((2, 4), ("data", "seq"))
-        dual = partial(sharded_ssd, mesh=mesh, axis="seq", batch_axis="data")
-        y, state = jax.jit(dual)(x, dt * A, B, C, coefficient=dt)
+        mesh = jax.sharding.Mesh(jax.devices(), ("seq",))
+        x, dt = jnp.ones((2, 16, 4, 8)), jnp.ones((2, 16, 4))
+        B = C = jnp.ones((2, 16, 1, 3))
+
+        @jax.jit
+        def dual(x, log_decay, B, C):
+            return sharded_ssd(x, log_decay, B, C, mesh=mesh, axis="seq")
+
+        y, state = dual(x, -dt, B, C)
         ```
     """
     plain = functools.partial(ssd, chunk_size=chunk_size, implementation=implementation)
