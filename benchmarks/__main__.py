@@ -26,6 +26,7 @@ from . import (
     scaling,
     second_order,
     selective_scan,
+    sequence_parallel,
     ssd,
 )
 from ._bars import bars
@@ -53,6 +54,7 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "attention": attention.measure,
     "llama_decode": llama_decode.measure,
     "moe": moe.measure,
+    "sequence_parallel": sequence_parallel.measure,
     "gpu": gpu.measure,
 }
 

@@ -56,6 +56,30 @@ def length_tables(measurements: Sequence[Record]) -> list[str]:
     return [*lines, *sorted(reasons), ""]
 
 
+def exchange_table(measurements: Sequence[Record]) -> list[str]:
+    """What each device computes, keeps and sends: operations and modes down."""
+    rows = []
+    for m in measurements:
+        spec, formula = m["spec"], m["spec"]["sent_by_formula"]
+        sizes = [spec["updates"], "" if formula is None else formula]
+        sizes.append(spec["sent_compiled"])
+        rows.append(
+            [
+                m["mode"].replace("_", " "),
+                f"`{spec['name']}`",
+                *(f"{size:,}" if size != "" else "" for size in sizes),
+                _mebibytes(m),
+                _milliseconds(m),
+                f"{spec['difference']:.1e}",
+                _error(m),
+            ]
+        )
+    titles = ["mode", "operation and devices", "updates"]
+    titles += ["sent by formula, bytes", "sent, bytes", "temporaries, MiB", "ms"]
+    titles += ["difference", "error"]
+    return _table(titles, "ll" + "r" * (len(titles) - 2), rows)
+
+
 def _length_table(
     measurements: Sequence[Record], text: Callable[[Record], str]
 ) -> list[str]:

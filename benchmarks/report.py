@@ -25,13 +25,14 @@ from . import (
     scaling,
     second_order,
     selective_scan,
+    sequence_parallel,
     ssd,
 )
 from ._bars import NAMES
 from ._environment import RESULTS, ROOT
 from ._plots import plot_lengths
 from ._records import read_records
-from ._tables import Record, bar_table, length_tables, tables
+from ._tables import Record, bar_table, exchange_table, length_tables, tables
 
 
 DOCUMENT = ROOT / "docs" / "benchmarks.md"
@@ -55,6 +56,7 @@ _SUBJECTS = (
     attention,
     llama_decode,
     moe,
+    sequence_parallel,
 )
 # What stands above the tables of each operation, in the order of the page.
 _HEADINGS = {
@@ -151,6 +153,8 @@ def _chapter(kind: str, records: Sequence[Record]) -> str:
         if operation == scaling.OPERATION:
             lines += [f"![Time and memory against length]({_image(kind)})", ""]
             lines += length_tables(own)
+        elif operation == sequence_parallel.OPERATION:
+            lines += exchange_table(own)
         else:
             lines += tables(own)
     return "\n".join(lines)

@@ -26,7 +26,7 @@ HAS_OLD_FUSION = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
-        "--xla_force_host_platform_device_count=2",
+        "--xla_force_host_platform_device_count=8",
         *([OLD_FUSION] if HAS_OLD_FUSION and not OPTIMISED else []),
     )
 )

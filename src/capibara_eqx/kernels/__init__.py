@@ -6,4 +6,8 @@ from ._implementations import check_implementation as check_implementation
 from ._implementations import implementations as implementations
 from ._linear_recurrence import linear_recurrence as linear_recurrence
 from ._selective_scan import selective_scan as selective_scan
+from ._sequence_parallel import sharded_causal_conv as sharded_causal_conv
+from ._sequence_parallel import sharded_linear_recurrence as sharded_linear_recurrence
+from ._sequence_parallel import sharded_selective_scan as sharded_selective_scan
+from ._sequence_parallel import sharded_ssd as sharded_ssd
 from ._ssd import ssd as ssd
