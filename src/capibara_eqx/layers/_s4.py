@@ -13,9 +13,9 @@ from ._state_space import (
     check_state_space,
     complex_normal,
     from_pairs,
-    log_step_sizes,
 )
 from ._state_space_output import StateSpaceOutput
+from ._step_size import log_step
 
 
 # LegT's normal part does not decay; a logarithm needs that it does.
@@ -122,7 +122,7 @@ class S4(AbstractStateSpace):
         self.P = of_each_channel(_as_pairs(split.P))
         self.B = of_each_channel(_as_pairs(split.B))
         self.C = complex_normal((d_model, d_state // 2), wide, key=C_key)
-        self.log_dt = log_step_sizes(d_model, dt_min, dt_max, wide, key=dt_key)
+        self.log_dt = log_step((d_model,), dt_min, dt_max, wide, key=dt_key)
         self.D = jax.random.normal(D_key, (d_model,), wide)
         self.output = StateSpaceOutput(d_model, dropout_rate, dtype, key=out_key)
         self.d_model = d_model

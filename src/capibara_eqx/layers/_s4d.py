@@ -15,7 +15,6 @@ from ._state_space import (
     check_state_space,
     complex_normal,
     from_pairs,
-    log_step_sizes,
 )
 from ._state_space_output import StateSpaceOutput
 from ._state_space_scan import (
@@ -27,6 +26,7 @@ from ._state_space_scan import (
     einsum,
     lifted,
 )
+from ._step_size import log_step
 
 
 INITS = ("lin", "inv", "legs", "quad")
@@ -133,7 +133,7 @@ class S4D(AbstractStateSpace):
         self.log_A_real = jnp.broadcast_to(jnp.log(decay), shape)
         self.A_imag = jnp.broadcast_to(frequencies, shape)
         self.C = complex_normal(shape, wide, key=C_key)
-        self.log_dt = log_step_sizes(d_model, dt_min, dt_max, wide, key=dt_key)
+        self.log_dt = log_step((d_model,), dt_min, dt_max, wide, key=dt_key)
         self.D = jax.random.normal(D_key, (d_model,), wide)
         self.output = StateSpaceOutput(d_model, dropout_rate, dtype, key=out_key)
         self.d_model = d_model

@@ -11,7 +11,6 @@ from ..internal import (
     accumulator_dtype,
     check_choice,
     check_last_axis,
-    check_positive,
     check_probability,
     check_segment_ids,
     check_sequence,
@@ -28,6 +27,7 @@ from ._state_space_scan import (
     read_packed,
     read_tokens,
 )
+from ._step_size import check_step_range
 
 
 MODES = ("convolution", "chunked", "recurrent")
@@ -206,23 +206,9 @@ def check_state_space(
             f"`d_state` must be even, got {d_state}: states come in conjugate pairs, "
             "of which one is kept."
         )
-    for name, value in {"dt_min": dt_min, "dt_max": dt_max}.items():
-        check_positive(name, value)
-    if dt_min > dt_max:
-        raise ValueError(
-            "`dt_min` must not be greater than `dt_max`, got "
-            f"dt_min={dt_min} and dt_max={dt_max}. Are they swapped?"
-        )
+    check_step_range(dt_min, dt_max)
     check_probability("dropout_rate", dropout_rate)
     check_choice("mode", mode, MODES)
-
-
-def log_step_sizes(
-    d_model: int, dt_min: float, dt_max: float, dtype: DTypeLike, *, key: PRNGKeyArray
-) -> Float[Array, " d_model"]:
-    """Logarithms of step sizes, uniform between those of `dt_min` and `dt_max`."""
-    low, high = math.log(dt_min), math.log(dt_max)
-    return jax.random.uniform(key, (d_model,), dtype, low, high)
 
 
 def complex_normal(
