@@ -18,6 +18,8 @@ _BOTH = "forward_backward"
 _PLAIN = ("reference", "plain_scan")
 _EXPERTS = ("experts", "fine_grained")
 _OTHERS = ("capacity", "dense", "scan")
+_DUAL = ("ssd", "mamba2_130m_row")
+_DUAL_PEERS = ("transformers_scan", "transformers_scan_64")
 
 
 class _Unmeasured(Exception):
@@ -324,6 +326,26 @@ _CLAIMS = (
         "The same, forward and backward",
         *(1.0, True, "times"),
         _faster((*_EXPERTS, _BOTH), "ragged", *_OTHERS),
+    ),
+    _Claim(
+        "ssd_forward",
+        "State space dual forward, faster than transformers' `mamba2_chunk_scan`, the "
+        "faster of its chunks (1 row of 2048 tokens, 24 heads of 64, 128 states)",
+        *(5.0, True, "times"),
+        _faster((*_DUAL, "forward"), "xla", *_DUAL_PEERS),
+    ),
+    _Claim(
+        "ssd_gradients",
+        "The same, forward and backward",
+        *(5.0, True, "times"),
+        _faster((*_DUAL, _BOTH), "xla", *_DUAL_PEERS),
+    ),
+    _Claim(
+        "mamba2_step",
+        "Decode step of a Mamba-2 layer of 768, in the dense products that it does "
+        "(128 states, heads of 64, batch 1)",
+        *(1.5, False, "times"),
+        _ratio(("mamba2_step", "batch_1", "step"), "mamba2_step", "layer_products"),
     ),
     # "About twice": what rounds to two or more.
     _Claim(

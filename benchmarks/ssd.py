@@ -56,7 +56,9 @@ def ssd_inputs(spec: Spec) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     return tuple(inputs), dy
 
 
-def _library(**options: Any) -> Callable[..., Any]:
+def library_scan(**options: Any) -> Callable[..., Any]:
+    """`kernels.ssd` of `x, dt, A, B, C`, returning `y` alone."""
+
     def scan(x, dt, A, B, C):
         return ssd(x, dt * A[None, None], B, C, coefficient=dt, **options)[0]
 
@@ -64,9 +66,12 @@ def _library(**options: Any) -> Callable[..., Any]:
 
 
 def _ours(inputs, dy):
-    scans = {"xla": _library(), "reference": _library(implementation="reference")}
+    scans = {
+        "xla": library_scan(),
+        "reference": library_scan(implementation="reference"),
+    }
     for size in (32, 128, 256):
-        scans[f"xla_{size}"] = _library(chunk_size=size)
+        scans[f"xla_{size}"] = library_scan(chunk_size=size)
     arrays = [jnp.asarray(x) for x in inputs]
     for name, scan in scans.items():
         yield Contender(name, partial(compiled, scan, *arrays, cotangent=dy))
