@@ -35,9 +35,9 @@ def sharded_ssd(
 
     with $e$ the end state from zero. The sums and the end states are gathered,
     `batch * n_heads * (head_dim * d_state + 1)` numbers a device, each device composes
-    the maps before its own, and runs its piece from the state that enters it. What the
-    first pass needs is the end state alone, a third of the products of a chunk. Dao and
-    Gu, *Transformers are SSMs*, arXiv 2405.21060.
+    the maps before its own, and runs its piece from the state that enters it. Of the
+    four products of a chunk the first pass has one, that of the end state. Dao and Gu,
+    *Transformers are SSMs*, arXiv 2405.21060.
 
     Differentiable any number of times, forward and reverse, in every array argument;
     works under `jit`, over mesh axes of type Auto or Explicit.
