@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from capibara_eqx.layers import Mamba, Mamba2
+from capibara_eqx.layers import Mamba
 
 from . import _oracle, _peers
 from ._harness import (
@@ -48,12 +48,12 @@ def measure(settings: Settings) -> Iterator[Measurement]:
             (batch, _JUDGED, d_model),
             *((batch, w.shape[1]) for w in _matrices(layer)),
         )
-        matrix = dense(layer)
+        matrix = _dense(layer)
         weights = [np.asarray(w) for w in _matrices(layer)]
         runners = [
             Entry(
                 spec,
-                Contender("mamba_step", partial(prepare_step, layer, tokens)),
+                Contender("mamba_step", partial(_prepare_step, layer, tokens)),
                 partial(_oracle.mamba, layer_weights(layer), tokens),
             ),
             Entry(
@@ -68,16 +68,16 @@ def measure(settings: Settings) -> Iterator[Measurement]:
                 spec,
                 Contender(
                     "dense_product",
-                    partial(prepare_products, [matrix], [vectors[0]]),
+                    partial(_prepare_products, [matrix], [vectors[0]]),
                 ),
-                partial(products, [matrix], [vectors[0]]),
+                partial(_products, [matrix], [vectors[0]]),
             ),
             Entry(
                 spec,
                 Contender(
-                    "layer_products", partial(prepare_products, weights, vectors)
+                    "layer_products", partial(_prepare_products, weights, vectors)
                 ),
-                partial(products, weights, vectors),
+                partial(_products, weights, vectors),
             ),
         ]
         yield from race(settings, OPERATION, "step", runners)
@@ -104,14 +104,13 @@ def _matrices(layer: Mamba):
     return [projection.weight for projection in projections]
 
 
-def dense(layer: Mamba | Mamba2) -> np.ndarray:
+def _dense(layer: Mamba) -> np.ndarray:
     """One matrix of the layer's width with as many elements as all its weights."""
     count = sum(w.size for w in jax.tree.leaves(eqx.filter(layer, eqx.is_array)))
     return normal(5, (-(-count // layer.d_model), layer.d_model))[0]
 
 
-def prepare_step(layer: Mamba | Mamba2, tokens: np.ndarray) -> Prepared:
-    """The jitted `step`, its cache donated; the first of the tokens is timed."""
+def _prepare_step(layer: Mamba, tokens: np.ndarray) -> Prepared:
     arrays, static = eqx.partition(layer, eqx.is_array)
 
     def step(arrays, x, cache):
@@ -137,8 +136,7 @@ def prepare_step(layer: Mamba | Mamba2, tokens: np.ndarray) -> Prepared:
     return Prepared(run, compile_ms, temp_bytes(executable), outputs)
 
 
-def prepare_products(matrices, vectors) -> Prepared:
-    """Each matrix times its own vector a row of the batch."""
+def _prepare_products(matrices, vectors) -> Prepared:
     return compiled(
         lambda matrices, vectors: [
             x @ w.T for x, w in zip(vectors, matrices, strict=True)
@@ -148,7 +146,6 @@ def prepare_products(matrices, vectors) -> Prepared:
     )
 
 
-def products(matrices, vectors):
-    """The same in float64 NumPy."""
+def _products(matrices, vectors):
     wide = [(x.astype(np.float64), w) for x, w in zip(vectors, matrices, strict=True)]
     return [x @ w.astype(np.float64).T for x, w in wide]

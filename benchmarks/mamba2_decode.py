@@ -1,15 +1,16 @@
-"""One decode step of a Mamba-2 layer, beside the dense products it must do.
+"""Tokens through a Mamba-2 layer one by one, beside the dense products it must do.
 
-`mamba2_step` is the layer's jitted `step`, its cache donated; `transformers_mixer` is
-that of transformers on PyTorch. `layer_products` are the layer's two matrices, each
-times its own vector a row of the batch; `dense_product` is one matrix with as many
-elements as the layer has weights. `state_update` reads and writes the layer's state
-once and does nothing else. 128 states, heads of 64 channels.
+`mamba2_step` is the layer's `step` in a loop of 16 tokens, as `generate` runs it: one
+program, the cache handed on. `layer_products` are the layer's two matrices, each times
+its own vector a row of the batch, in the same loop. `transformers_mixer` is the layer
+of transformers on PyTorch, one token a call. All are times of one token; 128 states,
+heads of 64 channels.
 """
 
 from collections.abc import Iterator
 from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,16 +18,14 @@ import numpy as np
 from capibara_eqx.layers import Mamba2
 
 from . import _mamba2_peers, _ssd_oracle
-from ._harness import Contender, Entry, Prepared, Settings, compile_timed, race
+from ._harness import Contender, Entry, Prepared, Settings, compiled, race
 from ._inputs import normal
 from ._records import Measurement
-from .decode import dense, prepare_products, prepare_step, products
 
 
 OPERATION = "mamba2_step"
 
-# Tokens whose outputs are compared with the reference, from an empty cache.
-_JUDGED = 8
+_TOKENS = 16
 
 
 def measure(settings: Settings) -> Iterator[Measurement]:
@@ -35,35 +34,35 @@ def measure(settings: Settings) -> Iterator[Measurement]:
     layer = Mamba2(d_model, key=jax.random.key(0))
     weights = layer_weights(layer)
     matrices = [weights["in_proj"], weights["out_proj"]]
-    whole = [dense(layer)]
     for batch in (1,) if settings.quick else (1, 8):
         spec = {"name": f"batch_{batch}", "batch": batch, "d_model": d_model}
         tokens, *vectors = normal(
-            4,
-            (batch, _JUDGED, d_model),
-            *((batch, w.shape[1]) for w in matrices),
+            4, *((_TOKENS, batch, w.shape[1]) for w in (matrices[0], *matrices))
         )
-        layer_output = partial(_ssd_oracle.mamba2, weights, tokens)
-        state = normal(6, (batch, layer.n_heads, layer.head_dim, layer.d_state))[0]
-        contenders = {
-            "mamba2_step": (partial(prepare_step, layer, tokens), layer_output),
-            "transformers_mixer": (
-                partial(_mamba2_peers.transformers_step, weights, tokens),
-                layer_output,
-            ),
-            "layer_products": (
-                partial(prepare_products, matrices, vectors),
-                partial(products, matrices, vectors),
-            ),
-            "dense_product": (
-                partial(prepare_products, whole, vectors[:1]),
-                partial(products, whole, vectors[:1]),
-            ),
-            "state_update": (partial(_prepare_update, state), partial(_update, state)),
-        }
+        rows = tokens.swapaxes(0, 1)
+        of_layer = partial(_ssd_oracle.mamba2, weights, rows)
+        of_products = partial(_products, matrices, vectors)
         runners = [
-            Entry(spec, Contender(name, prepare), reference)
-            for name, (prepare, reference) in contenders.items()
+            Entry(
+                spec,
+                Contender("mamba2_step", partial(_prepare_steps, layer, tokens)),
+                of_layer,
+            ),
+            Entry(
+                spec,
+                Contender(
+                    "layer_products", partial(_prepare_products, matrices, vectors)
+                ),
+                of_products,
+            ),
+            Entry(
+                spec,
+                Contender(
+                    "transformers_mixer",
+                    partial(_mamba2_peers.transformers_step, weights, rows),
+                ),
+                of_layer,
+            ),
         ]
         yield from race(settings, OPERATION, "step", runners)
 
@@ -83,24 +82,39 @@ def layer_weights(layer: Mamba2) -> dict[str, np.ndarray]:
     return {name: np.asarray(value) for name, value in named.items()}
 
 
-def _prepare_update(state: np.ndarray) -> Prepared:
-    def update(h):
-        h = 0.5 * h + 1.0
-        return jnp.sum(h, axis=-1), h
+def _prepare_steps(layer: Mamba2, tokens: np.ndarray) -> Prepared:
+    arrays, static = eqx.partition(layer, eqx.is_array)
 
-    h = jnp.asarray(state)
-    executable, compile_ms = compile_timed(update, h, donate=(0,))
+    def steps(arrays, tokens, cache):
+        def step(cache, x):
+            y, cache = eqx.combine(arrays, static).step(x, cache)
+            return cache, y
 
-    def run():
-        nonlocal h
-        y, h = jax.block_until_ready(executable(h))
-        return y
+        cache, y = jax.lax.scan(step, cache, tokens)
+        return jnp.swapaxes(y, 0, 1), cache
 
-    def outputs(_):
-        return np.asarray(executable(jnp.asarray(state))[0])
-
-    return Prepared(run, compile_ms, outputs=outputs)
+    cache = layer.init_cache(tokens.shape[1:2])
+    return _one_token(
+        compiled(steps, arrays, jnp.asarray(tokens), cache), lambda result: result[0]
+    )
 
 
-def _update(state):
-    return np.sum(0.5 * state.astype(np.float64) + 1.0, axis=-1)
+def _prepare_products(matrices, vectors) -> Prepared:
+    def products(matrices, vectors):
+        def one(carry, token):
+            pairs = zip(token, matrices, strict=True)
+            return carry, [x @ matrix.T for x, matrix in pairs]
+
+        return jax.lax.scan(one, 0, vectors)[1]
+
+    arrays = ([jnp.asarray(x) for x in group] for group in (matrices, vectors))
+    return _one_token(compiled(products, *arrays))
+
+
+def _one_token(loop: Prepared, outputs=None) -> Prepared:
+    return Prepared(loop.run, loop.compile_ms, loop.temp_bytes, outputs, _TOKENS)
+
+
+def _products(matrices, vectors):
+    wide = [(x.astype(np.float64), w) for x, w in zip(vectors, matrices, strict=True)]
+    return [x @ w.astype(np.float64).T for x, w in wide]
