@@ -22,7 +22,8 @@ OPTIMISED = "CAPIBARA_TEST_OPTIMISED" in os.environ
 # forgotten it, and an unknown flag ends the process.
 OLD_FUSION = "--xla_cpu_use_fusion_emitters=false"
 HAS_OLD_FUSION = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
-# Two devices, for what is sharded; everything else runs on the first.
+# Eight devices, for what is sharded; everything else runs on the first, and takes no
+# longer than with two.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         os.environ.get("XLA_FLAGS", ""),
@@ -31,7 +32,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # One worker a core, so one compute thread a worker: NPROC sizes XLA's pool.
+    # One worker a core: NPROC sizes XLA's pools, down to a thread a device.
     os.environ.setdefault("NPROC", "1")
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
