@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ._harness import Absent, Prepared
-from ._peers import peer_module, prepared, torch_module
+from ._peers import cache_argument, peer_module, prepared, torch_module
 from ._torch_memory import temp_bytes
 
 
@@ -58,9 +58,11 @@ def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
     if cache_of is None:
         raise Absent("this version of transformers has no DynamicCache")
 
+    name = cache_argument(mixer)
+
     def step(x, cache):
         with torch.no_grad():
-            return mixer(x, cache_params=cache)
+            return mixer(x, **{name: cache})
 
     cache = cache_of(config=config)
     step(inputs[0], cache)

@@ -5,6 +5,7 @@ The scans take NumPy arrays `u, delta (B, L, D)`, `A (D, N)`, `B, C (B, L, N)`, 
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -197,9 +198,11 @@ def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
     if cache_of is None:
         raise Absent("this version of transformers has no DynamicCache")
 
+    name = cache_argument(mixer)
+
     def step(x, cache):
         with torch.no_grad():
-            return mixer(x, cache_params=cache)
+            return mixer(x, **{name: cache})
 
     cache = cache_of(config=mixer.config)
     step(inputs[0], cache)
@@ -212,6 +215,12 @@ def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
         return step(inputs[0], cache)
 
     return Prepared(run, temp_bytes=temp_bytes(torch, run), outputs=outputs)
+
+
+def cache_argument(mixer: Any) -> str:
+    """By what name a layer of transformers takes its cache, which has changed."""
+    names = inspect.signature(type(mixer).forward).parameters
+    return "cache" if "cache" in names else "cache_params"
 
 
 def _mixer(weights: dict[str, Array], *, use_mambapy: bool) -> Any:
