@@ -7,3 +7,4 @@ from ._implementations import implementations as implementations
 from ._linear_recurrence import linear_recurrence as linear_recurrence
 from ._selective_scan import selective_scan as selective_scan
 from ._ssd import ssd as ssd
+from ._traced import traced_implementations as traced_implementations
