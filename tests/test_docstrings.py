@@ -35,6 +35,7 @@ RESULTS = (
     "Mamba2Cache",
     "MambaCache",
     "S5Cache",
+    "SSMStatus",
     "Cost",
     "Generation",
     "ModelCache",

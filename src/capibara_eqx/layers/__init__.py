@@ -61,7 +61,13 @@ from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
+from ._ssm_config import SSMConfig as SSMConfig
+from ._ssm_config import SSMHybridLayerConfig as SSMHybridLayerConfig
+from ._ssm_config import create_ssm_config as create_ssm_config
+from ._ssm_factory import create_ssm_layer as create_ssm_layer
 from ._ssm_step import ssm_step as ssm_step
+from ._ssm_validation import SSMStatus as SSMStatus
+from ._ssm_validation import validate_ssm_system as validate_ssm_system
 from ._state_space import StateSpaceCache as StateSpaceCache
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
