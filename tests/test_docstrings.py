@@ -33,6 +33,8 @@ RESULTS = (
     "LinearSSMCache",
     "KVCache",
     "Mamba2Cache",
+    "MambaMetrics",
+    "MambaOutput",
     "MambaCache",
     "S5Cache",
     "SSMStatus",

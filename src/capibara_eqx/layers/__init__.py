@@ -31,6 +31,10 @@ from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
 from ._mamba2 import Mamba2 as Mamba2
 from ._mamba2 import Mamba2Cache as Mamba2Cache
+from ._mamba_module import MambaConfig as MambaConfig
+from ._mamba_module import MambaMetrics as MambaMetrics
+from ._mamba_module import MambaModule as MambaModule
+from ._mamba_module import MambaOutput as MambaOutput
 from ._mixer import AbstractAux as AbstractAux
 from ._mixer import AbstractSequenceMixer as AbstractSequenceMixer
 from ._mlp import MLP as MLP
