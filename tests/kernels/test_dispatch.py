@@ -1,5 +1,9 @@
 """How an implementation is chosen, and what is said when none can serve."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.kernel_cases import (
@@ -15,6 +19,7 @@ from support.kernel_cases import (
 )
 from support.tolerances import assert_close
 
+from capibara_eqx.kernels import causal_conv, selective_scan, traced_implementations
 from capibara_eqx.kernels._dispatch import dispatch
 
 
@@ -109,3 +114,18 @@ def test_a_wrong_value_is_not_taken_for_a_refusal():
 
     with pytest.raises(ValueError, match="`value` is wrong"):
         dispatch("operation", {"strict": strict, "xla": serve}, ("strict", "xla"), 10)
+
+
+def test_a_traced_program_says_what_it_computes_with():
+    def run(scan, conv):
+        y, _ = jax.jit(lambda scan: selective_scan(**scan, implementation="xla"))(scan)
+        filtered = functools.partial(causal_conv, **conv, implementation="reference")
+        return jax.lax.map(lambda row: filtered(row)[0], y)
+
+    scan = cast(ARGUMENTS["selective_scan"], "float32")
+    conv = cast(conv_arguments((2,), 3, 2, 2, 2, options=()), "float32")
+    del conv["x"]
+    program = jax.make_jaxpr(run)(scan, conv)
+    expected = {("selective_scan", "xla"), ("causal_conv", "reference")}
+    assert traced_implementations(program) == expected
+    assert traced_implementations(jax.make_jaxpr(jnp.sin)(1.0)) == frozenset()

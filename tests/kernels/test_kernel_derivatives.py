@@ -19,10 +19,11 @@ from support.derivatives import (
 )
 from support.kernel_cases import (
     FLOAT32_ONLY,
-    IMPLEMENTATIONS,
+    RARE,
     cast,
     check_in_float32,
     conv_arguments,
+    each,
     loss_pair,
     over,
     recurrence_arguments,
@@ -34,10 +35,11 @@ from support.kernel_cases import (
 from capibara_eqx.kernels import selective_scan
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["selective_scan"])
+both = each("selective_scan")
 # The reference has no derivative rules of its own, so how its derivatives transform is
 # up to JAX alone.
 ruled = functools.partial(over, but=("reference",))
+thorough = functools.partial(ruled, slow=RARE)
 SCAN: dict[str, Any] = {"delta_softplus": True}
 CONV: dict[str, Any] = {"groups": 2, "dilation": 2}
 DEPTHWISE: dict[str, Any] = {"groups": 3, "dilation": 2}
@@ -184,7 +186,7 @@ def test_first_order(case, implementation):
     check(1, case, implementation)
 
 
-@over(LONG_CASES)
+@over(LONG_CASES, slow=RARE)
 def test_first_order_across_chunks(case, implementation):
     check(1, case, implementation)
 
@@ -199,12 +201,12 @@ def test_second_order(case, implementation):
     check(2, case, implementation)
 
 
-@ruled(LONG_CASES)
+@thorough(LONG_CASES)
 def test_second_order_across_chunks(case, implementation):
     check(2, case, implementation)
 
 
-@ruled(
+@thorough(
     {
         "selective_scan": (
             "selective_scan",
@@ -223,7 +225,7 @@ def test_third_order(case, implementation):
     check(3, case, implementation)
 
 
-@ruled(CASES)
+@thorough(CASES)
 def test_vmap_of_derivatives(case, implementation):
     if implementation in FLOAT32_ONLY:
         check_in_float32(of_two_points, case, implementation, 2)
@@ -233,7 +235,7 @@ def test_vmap_of_derivatives(case, implementation):
     check_vmap_of_derivatives(function, oracle, [point, other])
 
 
-@ruled(CASES)
+@thorough(CASES)
 def test_gradient_through_checkpoint(case, implementation):
     if implementation in FLOAT32_ONLY:
         kept = lambda loss: first_order(jax.checkpoint(loss))

@@ -9,6 +9,7 @@ from support.derivatives import check_gradient
 from support.kernel_cases import (
     FLOAT32_ONLY,
     FUNCTIONS,
+    RARE,
     assert_all_close,
     cast,
     conv_arguments,
@@ -79,7 +80,7 @@ starts = pytest.mark.parametrize("start", ["given", "fresh"])
 
 @starts
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@over(CASES)
+@over(CASES, slow=RARE)
 def test_gradient_through_shard_map(case, implementation, axis_type, start):
     operation, smooth, fixed, static = parts(case, start)
     mesh = jax.make_mesh((DEVICES,), ("data",), axis_types=(axis_type,))

@@ -10,9 +10,10 @@ from support import numpy_oracles as oracles
 from support.kernel_cases import (
     FLOAT32_ONLY,
     FUSED,
-    IMPLEMENTATIONS,
+    RARE,
     cast,
     compiled,
+    each,
     rounded,
     scan_arguments,
     skip_if_refused,
@@ -24,7 +25,8 @@ from capibara_eqx.kernels import selective_scan
 from capibara_eqx.kernels._selective_scan.specs import TEST_SPECS
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["selective_scan"])
+both = each("selective_scan")
+long = each("selective_scan", slow=RARE)
 
 ODD_SHAPES = [
     ((), 1, 1, 1),
@@ -67,7 +69,7 @@ def check(arguments, implementation, dtype, delta_softplus=True):
         )
 
 
-@both
+@long
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_every_option_in_odd_shapes(shape, dtype, implementation):
     check(scan_arguments(*shape), implementation, dtype)
@@ -81,7 +83,7 @@ def test_each_option_alone_without_softplus(option, implementation):
     check(arguments, implementation, "float32", delta_softplus=False)
 
 
-@both
+@long
 @pytest.mark.parametrize("narrow", ["all", "sequences"])
 def test_bfloat16_is_computed_in_float32_and_rounded_once(narrow, implementation):
     arguments = scan_arguments((2,), 65, 3, 4)
@@ -97,7 +99,7 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(narrow, implementation
     assert_close(final_state, want_state, dtype=np.float32, length=69)
 
 
-@both
+@long
 def test_without_jit_and_with_batch_axes_of_size_one(implementation):
     arguments = scan_arguments((1, 1), 3, 2, 2)
     inputs = cast(arguments, "float32")
@@ -107,7 +109,7 @@ def test_without_jit_and_with_batch_axes_of_size_one(implementation):
     assert_close(final_state, want_state, dtype=np.float32)
 
 
-@both
+@long
 @pytest.mark.parametrize("shift", [-1e4, -80.0, 30.0, 1e4])
 def test_extreme_delta_before_softplus(shift, implementation):
     arguments = scan_arguments((2,), 7, 5, 16)
@@ -122,7 +124,7 @@ def test_delta_of_either_sign_without_softplus(implementation):
     check(arguments, implementation, "float32", delta_softplus=False)
 
 
-@both
+@long
 @pytest.mark.parametrize("scale", [0.0, 1e-8, 1e6])
 def test_zero_tiny_and_large_inputs(scale, implementation):
     arguments = scan_arguments((2,), 7, 5, 16)
@@ -188,7 +190,7 @@ def assert_same(got, want):
         assert_close(one, other, dtype=np.float32, length=SEQ + 4)
 
 
-@both
+@long
 @given(seed=seeds, at=inside)
 def test_a_run_may_be_split_anywhere(implementation, seed, at):
     inputs = cast(scan_arguments((2,), SEQ, 3, 4, seed=seed), "float32")
@@ -199,7 +201,7 @@ def test_a_run_may_be_split_anywhere(implementation, seed, at):
     assert_same((jnp.concatenate([first, second], axis=1), final), want)
 
 
-@both
+@long
 @given(seed=seeds, at=inside)
 def test_a_reset_separates_two_runs(implementation, seed, at):
     arguments = scan_arguments((2,), SEQ, 3, 4, seed=seed)
@@ -213,7 +215,7 @@ def test_a_reset_separates_two_runs(implementation, seed, at):
     assert_same(run(**inputs), (jnp.concatenate([first, second], axis=1), final))
 
 
-@both
+@long
 @given(
     seed=seeds,
     resets=st.lists(st.booleans(), min_size=2 * SEQ, max_size=2 * SEQ),

@@ -122,6 +122,8 @@ CHOICES = [
     (conv, {"out_channels": 6, "groups": 4}, ["groups", "out_channels", "6"]),
     (conv, {"out_channels": 6, "residual": True}, ["residual", "in_channels", "equal"]),
     (mamba, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
+    (mamba, {"conv_implementation": "xlaa"}, ["causal_conv", "'xlaa'", "xla"]),
+    (mamba, {"conv_implementation": "associative"}, ["causal_conv", "'associative'"]),
     (conv, {"implementation": "xlaa"}, ["implementation", "'xlaa'", "xla"]),
     (mamba, {"implementation": ["xla", "cpu"]}, ["implementation", "one name"]),
     (linear_ssm, {"dt_min": 0.2, "dt_max": 0.1}, ["dt_min", "dt_max", "swapped"]),

@@ -13,6 +13,7 @@ from scipy import stats
 from support.layer_arguments import describe, differ
 from support.numpy_oracles import softplus
 
+from capibara_eqx.kernels import traced_implementations
 from capibara_eqx.layers import Mamba
 
 
@@ -147,6 +148,7 @@ OTHERS: dict[str, Any] = {
     "conv_bias": False,
     "activation": "gelu",
     "implementation": "reference",
+    "conv_implementation": "reference",
     "dtype": jnp.bfloat16,
     "key": jax.random.key(1),
 }
@@ -162,16 +164,31 @@ def default_description():
     return describe(Mamba(**DEFAULTS, key=jax.random.key(0)))
 
 
-@pytest.mark.parametrize("name", [name for name in OTHERS if name != "implementation"])
+@pytest.mark.parametrize(
+    "name", [name for name in OTHERS if not name.endswith("implementation")]
+)
 def test_every_argument_changes_the_layer(name, default_description):
     arguments = {**DEFAULTS, "key": jax.random.key(0), name: OTHERS[name]}
     assert differ(describe(Mamba(**arguments)), default_description)
 
 
-def test_the_implementation_reaches_both_kernels():
-    def program(implementation):
-        layer = Mamba(**DEFAULTS, implementation=implementation, key=jax.random.key(0))
-        assert layer.conv.implementation == implementation
-        return str(jax.make_jaxpr(lambda x: layer(x))(jnp.zeros((7, 4))))
-
-    assert program("xla") != program("reference")
+@pytest.mark.parametrize(
+    ("given", "scan", "conv"),
+    [
+        ({}, "fused", "fused"),
+        ({"implementation": "xla"}, "xla", "xla"),
+        ({"implementation": "reference"}, "reference", "reference"),
+        ({"conv_implementation": "xla"}, "fused", "xla"),
+        ({"implementation": "associative"}, "associative", "fused"),
+        (
+            {"implementation": "associative", "conv_implementation": "xla"},
+            "associative",
+            "xla",
+        ),
+    ],
+)
+def test_the_implementations_reach_both_kernels(given, scan, conv):
+    layer = Mamba(**DEFAULTS, **given, key=jax.random.key(0))
+    program = jax.make_jaxpr(lambda x: layer(x))(jnp.zeros((7, 4)))
+    expected = {("selective_scan", scan), ("causal_conv", conv)}
+    assert traced_implementations(program) == expected

@@ -33,13 +33,15 @@ FUSED = fused_kernel()
 # These refuse anything wider.
 FLOAT32_ONLY = ("pallas_tpu", "pallas_gpu")
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
-    "selective_scan": ("reference", "xla", FUSED),
+    "selective_scan": ("reference", "xla", "associative", FUSED),
     "linear_recurrence": ("reference", "xla"),
     "ssd": ("reference", "xla"),
     "causal_conv": ("reference", "xla"),
     # Every channel by itself, which more kernels can.
     "depthwise_conv": ("reference", "xla", *{FUSED}.intersection(fused_conv.NAMES)),
 }
+# What runs only if it is named: the longer ones of its tests are slow tests.
+RARE = ("associative",)
 Arguments = dict[str, np.ndarray]
 
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
@@ -59,18 +61,35 @@ ORACLES: Mapping[str, Callable[..., Any]] = {
 }
 
 
-def over(cases: Mapping[str, Any], *, but: Sequence[str] = ()):
+def over(
+    cases: Mapping[str, Any], *, but: Sequence[str] = (), slow: Sequence[str] = ()
+):
     """Parametrise by `case` and `implementation`: every case by all of its operation.
 
-    `cases` are `(operation, ...)` by name; `but` are implementations left out.
+    `cases` are `(operation, ...)` by name; `but` are implementations left out, `slow`
+    those of which these are slow tests.
     """
     parameters = [
-        pytest.param(case, implementation, id=f"{name}-{implementation}")
+        pytest.param(
+            case,
+            implementation,
+            id=f"{name}-{implementation}",
+            marks=pytest.mark.slow if implementation in slow else (),
+        )
         for name, case in cases.items()
         for implementation in IMPLEMENTATIONS[case[0]]
         if implementation not in but
     ]
     return pytest.mark.parametrize(("case", "implementation"), parameters)
+
+
+def each(operation: str, *, slow: Sequence[str] = ()):
+    """Parametrise by `implementation`; of those in `slow` these are slow tests."""
+    parameters = [
+        pytest.param(name, marks=pytest.mark.slow if name in slow else ())
+        for name in IMPLEMENTATIONS[operation]
+    ]
+    return pytest.mark.parametrize("implementation", parameters)
 
 
 def skip_if_refused(implementation: str, dtype: str) -> None:

@@ -8,7 +8,8 @@ import numpy as np
 
 def describe(layer):
     """Outputs on one input, as numbers; shapes and dtypes of all parameters."""
-    x = jnp.sin(jnp.arange(7.0 * layer.d_model)).reshape(7, layer.d_model)
+    width = layer.input_dim if hasattr(layer, "input_dim") else layer.d_model
+    x = jnp.sin(jnp.arange(7.0 * width)).reshape(7, width)
     y = np.asarray(eqx.filter_jit(lambda layer, x: layer(x))(layer, x))
     arrays = jax.tree.leaves(eqx.filter(layer, eqx.is_array))
     return y, [(leaf.shape, leaf.dtype) for leaf in arrays]

@@ -182,6 +182,13 @@ CASES = (
         terms=20,
         slow=True,
     ),
+    Case(
+        "mamba_associative",
+        partial(Mamba, 3, 2, 2, implementation="associative"),
+        width=3,
+        terms=20,
+        slow=True,
+    ),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),
     Case(
         "stack_scanned",

@@ -111,6 +111,23 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         )
 
 
+def check_keys(owner: str, keys: Iterable[str], known: Iterable[str]) -> None:
+    """Raise `ValueError` for a key that `owner` does not have; name the nearest."""
+    known = tuple(known)
+    for key in keys:
+        if key not in known:
+            raise ValueError(
+                f"{owner} has no `{key}`; it has {', '.join(known)}."
+                f"{nearest(key, known)}"
+            )
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is `True` or `False`."""
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+
+
 def check_last_axis(
     layer: str, argument: str, x: Shaped[Array, "..."], size: int
 ) -> None:

@@ -11,3 +11,4 @@ from ._sequence_parallel import sharded_linear_recurrence as sharded_linear_recu
 from ._sequence_parallel import sharded_selective_scan as sharded_selective_scan
 from ._sequence_parallel import sharded_ssd as sharded_ssd
 from ._ssd import ssd as ssd
+from ._traced import traced_implementations as traced_implementations

@@ -1,7 +1,12 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from ..internal import nearest
+
+
+SCOPE = "capibara_eqx.kernels."
 
 
 def dispatch(
@@ -11,7 +16,10 @@ def dispatch(
     *args: Any,
     default: Mapping[str, Callable[..., Any]] | None = None,
 ) -> Any:
-    """Run `operation` by the first backend that can.
+    """Run `operation` by the first backend that can, under its name.
+
+    In traces and profiles what it computes is in the scope
+    `capibara_eqx.kernels.<operation>.<backend>`.
 
     **Arguments:**
 
@@ -45,7 +53,8 @@ def dispatch(
     refusals = []
     for name in names:
         try:
-            return backends[name](*args)
+            with jax.named_scope(f"{SCOPE}{operation}.{name}"):
+                return backends[name](*args)
         except NotImplementedError as error:
             error.add_note(f"{operation}: implementation {name!r}")
             refusals.append(error)

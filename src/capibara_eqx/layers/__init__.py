@@ -31,6 +31,10 @@ from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
 from ._mamba2 import Mamba2 as Mamba2
 from ._mamba2 import Mamba2Cache as Mamba2Cache
+from ._mamba_module import MambaConfig as MambaConfig
+from ._mamba_module import MambaMetrics as MambaMetrics
+from ._mamba_module import MambaModule as MambaModule
+from ._mamba_module import MambaOutput as MambaOutput
 from ._mixer import AbstractAux as AbstractAux
 from ._mixer import AbstractSequenceMixer as AbstractSequenceMixer
 from ._mlp import MLP as MLP
@@ -61,7 +65,13 @@ from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
+from ._ssm_config import SSMConfig as SSMConfig
+from ._ssm_config import SSMHybridLayerConfig as SSMHybridLayerConfig
+from ._ssm_config import create_ssm_config as create_ssm_config
+from ._ssm_factory import create_ssm_layer as create_ssm_layer
 from ._ssm_step import ssm_step as ssm_step
+from ._ssm_validation import SSMStatus as SSMStatus
+from ._ssm_validation import validate_ssm_system as validate_ssm_system
 from ._state_space import StateSpaceCache as StateSpaceCache
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding

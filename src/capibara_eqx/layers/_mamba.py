@@ -92,6 +92,7 @@ class Mamba(AbstractSequenceMixer):
         conv_bias: bool = True,
         activation: str = "silu",
         implementation: str | None = None,
+        conv_implementation: str | None = None,
         dtype: DTypeLike | None = None,
         *,
         key: PRNGKeyArray,
@@ -114,8 +115,10 @@ class Mamba(AbstractSequenceMixer):
         - `conv_bias`: whether the convolution has one.
         - `activation`: after the convolution: `"silu"`, `"gelu"` or `"relu"`. The gate
             is always silu.
-        - `implementation`: passed to `kernels.selective_scan` and
-            `kernels.causal_conv`.
+        - `implementation`: passed to `kernels.selective_scan`.
+        - `conv_implementation`: passed to `kernels.causal_conv`; if not given as
+            `implementation`, or the default beside `"associative"`, which only the scan
+            has.
         - `dtype`: of the parameters; `A_log`, `D` and the step-size bias are float32
             or wider.
         - `key`: for the initial values.
@@ -123,7 +126,7 @@ class Mamba(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for sizes that are not positive, `dt_min > dt_max`, or an unknown
-        `dt_rank`, `dt_init`, `activation` or `implementation`.
+        `dt_rank`, `dt_init`, `activation`, `implementation` or `conv_implementation`.
         """
         sizes = {
             "d_model": d_model,
@@ -141,7 +144,10 @@ class Mamba(AbstractSequenceMixer):
         check_size("dt_rank", dt_rank)
         check_choice("dt_init", dt_init, ("random", "constant"))
         check_activation(activation)
-        check_implementation(implementation, "selective_scan", "causal_conv")
+        check_implementation(implementation, "selective_scan")
+        if conv_implementation is None and implementation != "associative":
+            conv_implementation = implementation
+        check_implementation(conv_implementation, "causal_conv")
 
         in_key, conv_key, x_key, dt_key, out_key = jax.random.split(key, 5)
         d_inner = expand * d_model
@@ -154,7 +160,7 @@ class Mamba(AbstractSequenceMixer):
             groups=d_inner,
             activation=activation,
             use_bias=conv_bias,
-            implementation=implementation,
+            implementation=conv_implementation,
             dtype=dtype,
             key=conv_key,
         )

@@ -5,12 +5,13 @@ from jaxtyping import Array, Bool, Float
 
 from .._checks import check_batch, check_shape
 from .._dispatch import dispatch
-from . import fused, reference, xla
+from . import associative, fused, reference, xla
 
 
 BACKENDS = {
     **{name: fused.implementation(name) for name in fused.NAMES},
     "xla": xla.selective_scan,
+    "associative": associative.selective_scan,
     "reference": reference.selective_scan,
 }
 _DEFAULT = {"fused": fused.implementation(None), "xla": xla.selective_scan}
@@ -63,9 +64,11 @@ def selective_scan(
         zeros if not given.
     - `reset`: where the state is zeroed before the token is read, `(*batch, seq)`.
     - `implementation`: `"cpu"` (C++), `"pallas_tpu"`, `"pallas_gpu"`, `"xla"`,
-        `"reference"`, or a sequence of names of which the first that can is used; by
-        default the fused kernel of the platform, and XLA where there is none. `"xla"`
-        is the form for `jax.export` to a CPU.
+        `"associative"`, `"reference"`, or a sequence of names of which the first that
+        can is used; by default the fused kernel of the platform, and XLA where there is
+        none. `"xla"` is the form for `jax.export` to a CPU. `"associative"` has a depth
+        logarithmic in `seq` where the others take the tokens one after the other, and
+        is slower on a CPU.
 
     **Returns:**
 
