@@ -101,17 +101,53 @@ def test_decays_too_large_for_their_inverse(implementation):
     assert all(np.all(np.isfinite(values)) for values in gradient.values())
 
 
+# Chunks of three tokens: the reset is inside the second.
 @both
-def test_a_reset_hides_what_overflowed_before_it(implementation):
+@pytest.mark.parametrize("name", ["x", "B", "C", "coefficient", "initial_state"])
+def test_a_reset_hides_what_overflowed_before_it(name, implementation):
     arguments = ssd_arguments((2,), 9, 2, 2, 1, 3)
     arguments["reset"] = np.arange(9) == np.full((2, 1), 4)
     clean = cast(arguments, "float32")
-    spoiled = dict(clean, x=clean["x"].at[:, 1].set(jnp.inf))
-    # Chunks of three tokens: the reset is inside the second.
-    y, final_state = compiled("ssd", implementation, chunk_size=3)(**spoiled)
+    at = (0, 0, 1, 0) if name == "initial_state" else (0, 1)
+    spoiled = dict(clean, **{name: clean[name].at[at].set(jnp.inf)})
+    run = compiled("ssd", implementation, chunk_size=3)
+    y, final_state = run(**spoiled)
     want_y, want_state = oracles.ssd(**rounded(clean))
     assert_close(final_state, want_state, dtype=np.float32, length=12)
-    assert_close(y[:, 6:], want_y[:, 6:], dtype=np.float32, length=12)
+    assert_close(y[:, 4:], want_y[:, 4:], dtype=np.float32, length=12)
+    assert_close(y[1], want_y[1], dtype=np.float32, length=12)
+    assert not np.all(np.isfinite(y[0, :4]))
+
+
+@pytest.mark.parametrize("name", ["x", "B", "C", "coefficient", "initial_state"])
+def test_gradients_do_not_pass_what_overflowed(name):
+    arguments = ssd_arguments((), 9, 2, 2, 1, 3)
+    arguments["reset"] = np.arange(9) == 4
+    clean = cast(arguments, "float32")
+    at = (0, 1, 0) if name == "initial_state" else (1,)
+    reset = clean.pop("reset")
+
+    def gradient(point):
+        def loss(point):
+            y, h = compiled("ssd", "xla", chunk_size=3)(**point, reset=reset)
+            return jnp.sum(y[4:] ** 2) + jnp.sum(h**2)
+
+        found = jax.grad(loss)(point)
+        found.pop("initial_state")
+        return {name: values[4:] for name, values in found.items()}
+
+    spoiled = dict(clean, **{name: clean[name].at[at].set(jnp.inf)})
+    got, want = gradient(spoiled), gradient(clean)
+    for part, values in want.items():
+        np.testing.assert_array_equal(got[part], values, err_msg=part)
+
+
+@both
+@pytest.mark.parametrize("decay", [-1e5, -np.inf])
+def test_a_decay_to_nothing_forgets_and_takes_no_digits(decay, implementation):
+    arguments = ssd_arguments((2,), 7, 2, 2, 1, 3, options=("initial_state",))
+    arguments["log_decay"][:, 2] = decay
+    check(arguments, implementation, "float32")
 
 
 @both

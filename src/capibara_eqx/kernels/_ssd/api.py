@@ -47,9 +47,10 @@ def ssd(
     **Arguments:**
 
     - `x`: input, `(*batch, seq, n_heads, head_dim)`, any number of batch axes.
-    - `log_decay`: $a$, zero or negative for stability, `(*batch, seq, n_heads)`. Sums
-        of up to `chunk_size` of them are subtracted from each other, so that weights
-        have the relative error of the largest such sum, in its dtype.
+    - `log_decay`: $a$, zero or negative for stability, `(*batch, seq, n_heads)`; minus
+        infinity forgets. Sums of up to `chunk_size` of them are subtracted from each
+        other, so that weights have the relative error of the largest such sum, in its
+        dtype; one whose exponential is zero counts as -104 in float32, -745 in float64.
     - `B`, `C`: input and output maps of each token, `(*batch, seq, n_groups, d_state)`.
         `n_groups` divides `n_heads`; neighbouring heads share a group.
     - `coefficient`: $c$, `(*batch, seq, n_heads)`; ones if not given.

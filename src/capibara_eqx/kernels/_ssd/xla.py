@@ -144,8 +144,14 @@ def _chunk(h, tokens):
     x, B, C = (v.astype(h.dtype) for v in (x, B, C))
     if coefficient is not None:
         x = x * coefficient.astype(h.dtype)[..., None]
-    total = jnp.cumsum(log_decay, axis=-1)
+    # What underflows anyway must not take the digits of the sums behind it.
+    log_decay = jnp.maximum(log_decay, _least_decay(h.dtype))
     reaches, enters, leaves = _masks(reset, x.shape[-2])
+    spoiled = None
+    if reset is not None:
+        spoiled = _spoiled(h, x, log_decay, B, C)
+        h, x, log_decay, B, C = map(_without_them, (h, x, log_decay, B, C))
+    total = jnp.cumsum(log_decay, axis=-1)
 
     weights = _exp(total[..., :, None] - total[..., None, :], reaches)
     scores = jnp.einsum("rgin,rgjn->rgij", C, B)
@@ -155,13 +161,52 @@ def _chunk(h, tokens):
 
     last = total[..., -1:]
     x = _exp(last - total, leaves)[..., None] * x
-    if enters is None:
-        kept = h
-    else:
-        # Replaced, not multiplied by zero: the state may be infinite.
-        kept = jnp.where(enters[..., -1:, None], h, jnp.zeros_like(h))
-    h = jnp.exp(last)[..., None] * kept + jnp.einsum("rgkjp,rgjn->rgkpn", x, B)
+    decay = _exp(last, None if enters is None else enters[..., -1:])
+    h = decay[..., None] * h + jnp.einsum("rgkjp,rgjn->rgkpn", x, B)
+    if spoiled is not None:
+        at_token, at_end = spoiled.spread(reaches, enters, leaves)
+        y = y + at_token[..., None].astype(y.dtype)
+        h = h + at_end[..., None, None].astype(h.dtype)
     return h, y
+
+
+class _Spoiled(NamedTuple):
+    """Where something is not finite: in the state, in what a token adds, in its `C`.
+
+    A product over a chunk would carry it into documents that it has no part in, since
+    infinity times a weight of zero is no number. So it is left out of the products, and
+    then no number is put where it had reached.
+    """
+
+    state: Bool[Array, "row group head"]
+    token: Bool[Array, "row group head seq"]
+    readout: Bool[Array, "row group head seq"]
+
+    def spread(self, reaches, enters, leaves) -> tuple[Array, Array]:
+        """NaN at the outputs that they reach and in the state that they do, or zero."""
+        at_token = jnp.any(reaches & self.token[..., None, :], axis=-1)
+        at_token = at_token | (enters & self.state[..., None]) | self.readout
+        at_end = jnp.any(leaves & self.token, axis=-1)
+        at_end = at_end | (enters[..., -1] & self.state)
+        return jnp.where(at_token, jnp.nan, 0.0), jnp.where(at_end, jnp.nan, 0.0)
+
+
+def _spoiled(h, x, log_decay, B, C) -> _Spoiled:
+    def among(v, *axes):
+        return ~jnp.all(jnp.isfinite(v), axis=axes)
+
+    token = among(x, -1) | ~jnp.isfinite(log_decay) | among(B, -1)[:, :, None]
+    readout = jnp.broadcast_to(among(C, -1)[:, :, None], token.shape)
+    return _Spoiled(among(h, -1, -2), token, readout)
+
+
+def _without_them(v):
+    return jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
+
+
+def _least_decay(dtype) -> float:
+    """Its exponential is zero."""
+    return math.log(float(jnp.finfo(dtype).smallest_subnormal)) - 1
 
 
 def _masks(reset, size):
