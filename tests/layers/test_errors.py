@@ -19,6 +19,7 @@ from capibara_eqx.layers import (
     Linear,
     LinearSSM,
     Mamba,
+    Mamba2,
     RMSNorm,
 )
 
@@ -54,6 +55,7 @@ MIXERS = {
     "S4": s4,
     "S4D": s4d,
     "LinearSSM": linear_ssm,
+    "Mamba2": builder(Mamba2, d_model=4, d_state=3, head_dim=4),
     "S5": s5,
 }
 each = pytest.mark.parametrize("layer", MIXERS)
@@ -258,6 +260,12 @@ def test_a_cache_of_another_layer(layer, other):
         layer.prefill(zeros(2, 7, 4), other.init_cache((2,)))
     with refused(name, "`cache", "init_cache"):
         layer.step(zeros(2, 4), other.init_cache((2,)))
+
+
+@each
+def test_tokens_in_the_place_of_vectors(layer):
+    with refused(layer, "`x`", "floating point", "int32", "embedding"):
+        MIXERS[layer]()(zeros(7, 4, dtype="int32"))
 
 
 @each

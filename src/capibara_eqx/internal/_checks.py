@@ -143,8 +143,13 @@ def check_last_axis(
 def check_sequence(
     layer: str, argument: str, x: Shaped[Array, "..."], size: int
 ) -> None:
-    """Raise `ValueError` unless `x` is `(*batch, seq >= 1, size)`."""
+    """Raise `ValueError` unless `x` is `(*batch, seq >= 1, size)`, of real numbers."""
     check_last_axis(layer, argument, x, size)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{layer}: `{argument}` must be floating point, got {x.dtype}. Convert it, "
+            f"as in `{argument}.astype(jnp.float32)`; token ids need an embedding."
+        )
     if x.ndim < 2:
         raise ValueError(
             f"{layer}: `{argument}` must be a sequence (*batch, seq, {size}), got "
