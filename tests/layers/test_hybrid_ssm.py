@@ -27,6 +27,7 @@ from capibara_eqx.layers import (
     HybridCache,
     HybridSSM,
     Mamba,
+    RMSNorm,
 )
 from capibara_eqx.models import LanguageModel, ResidualBlock, model_cost
 
@@ -208,13 +209,11 @@ def test_a_batch_trains_the_branch_of_its_length_or_both():
     assert unmoved("mix") == (set(), 0)
 
 
-@pytest.mark.parametrize("mode", ["switch", "mix"])
 @pytest.mark.parametrize("branch", ["ssm", "attention"])
-def test_one_branch_alone_takes_every_row(mode, branch):
+def test_one_branch_alone_takes_every_row(branch):
     other = {"ssm": "use_transformer", "attention": "use_mamba"}[branch]
-    layer = filled(
-        hybrid, seed=0, size=0.5, mode=mode, ssm_threshold=THRESHOLD, **{other: False}
-    )
+    options = {"ssm_threshold": THRESHOLD, other: False}
+    layer = filled(hybrid, seed=0, size=0.5, **options)
     assert layer.gate is None
     for length in (THRESHOLD, THRESHOLD + 1):
         assert layer.select_branch(length) == branch
@@ -309,6 +308,10 @@ def test_arguments_without_an_effect():
         HybridSSM(4, n_heads=2, attention=conv, key=KEY)
     with refused("`n_heads`", "Leave it out"):
         HybridSSM(4, n_heads=2, use_transformer=False, key=KEY)
+    for flag in ("use_mamba", "use_transformer"):
+        alone: Any = {flag: False}
+        with refused('`mode="mix"`', "two branches", f"`{flag}`", "leave out `mode`"):
+            HybridSSM(4, mode="mix", **alone, key=KEY)
 
 
 @pytest.mark.errors
@@ -378,6 +381,19 @@ def test_branches_that_do_not_fit(mode):
         with_ssm(Reports())(x)
     with refused("`ssm`", "(2, 4)", "(2, 3)"):
         with_ssm(Conv1DBlock(4, 3, 2, key=KEY))(x)
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize("name", ["ssm", "attention"])
+def test_branches_that_are_no_mixers_of_the_width(name):
+    norm, narrow = RMSNorm(4), filled(Mamba, 3, 2, seed=0, size=0.5)
+    for branch, words in (
+        (norm, ["sequence mixer", "RMSNorm"]),
+        (narrow, ["d_model=4", "Mamba of d_model=3"]),
+    ):
+        given_branch: Any = {name: branch}
+        with refused(f"HybridSSM: `{name}`", *words):
+            HybridSSM(4, **given_branch, key=KEY)
 
 
 @pytest.mark.errors
