@@ -157,6 +157,12 @@ class HybridSSM(AbstractSequenceMixer):
         """`"mix"` if both branches run, `"switch"` if one does."""
         return "switch" if self.gate is None else "mix"
 
+    @property
+    def has_choice(self) -> bool:
+        """Whether the length of a row decides between two branches."""
+        has_both = self.ssm is not None and self.attention is not None
+        return has_both and self.gate is None
+
     def select_branch(self, length: int) -> Branch:
         """The branch that reads rows of this length.
 
@@ -206,7 +212,7 @@ class HybridSSM(AbstractSequenceMixer):
         """
         check_sequence("HybridSSM", "x", x, self.d_model)
         check_segment_ids("HybridSSM", segment_ids, x.shape[:-1])
-        if branch is None and segment_ids is not None and self._has_choice:
+        if branch is None and segment_ids is not None and self.has_choice:
             raise ValueError(
                 "HybridSSM: a switch chooses by the length of a row, but a row with "
                 "`segment_ids` holds documents of other lengths, or padding. Pass "
@@ -243,7 +249,7 @@ class HybridSSM(AbstractSequenceMixer):
         `ValueError` for a `branch` that the layer cannot choose, or in a switch
         without either.
         """
-        if branch is None and max_len is None and self._has_choice:
+        if branch is None and max_len is None and self.has_choice:
             raise ValueError(
                 "HybridSSM: `max_len` is needed: a switch chooses its branch by the "
                 "number of tokens that a cache is made for, since it cannot change it "
@@ -290,11 +296,6 @@ class HybridSSM(AbstractSequenceMixer):
         """
         check_last_axis("HybridSSM.step", "x", x, self.d_model)
         return self._continue(lambda mixer, held: mixer.step(x, held), x, cache)
-
-    @property
-    def _has_choice(self) -> bool:
-        has_both = self.ssm is not None and self.attention is not None
-        return has_both and self.gate is None
 
     def _chosen(self, branch: Branch | None, length: int) -> tuple[Branch, ...]:
         """The branches that read a row of this length."""
