@@ -193,6 +193,20 @@ def test_bad_arguments():
 
 
 @pytest.mark.errors
+def test_directions_that_are_no_mixers_of_the_width():
+    conv: Any = filled(Conv1DBlock, 3, 3, 2, seed=0, size=0.5)
+    both, narrow = layer_of("sum"), filled(Mamba, 2, 2, seed=0, size=0.5)
+    for bad, words in (
+        (both, ["sequence mixer", "got Bidirectional"]),
+        (narrow, ["d_model=3", "Mamba of d_model=2"]),
+    ):
+        with refused("Bidirectional: `forward`", *words):
+            Bidirectional(bad, conv, 3, key=KEY)
+        with refused("Bidirectional: `reverse`", *words):
+            Bidirectional(conv, bad, 3, key=KEY)
+
+
+@pytest.mark.errors
 def test_inputs_that_do_not_fit():
     layer = filled(bidirectional, seed=0, size=0.5)
     with refused("Bidirectional: `x`", "3 elements", "(2, 4)"):

@@ -15,6 +15,7 @@ from support.layer_cases import (
     each,
     fresh,
     inputs,
+    layer_of,
     packed_rows,
     prefill,
     root_mean_square,
@@ -85,6 +86,19 @@ def test_batch_axes_are_rows_on_their_own(case, ids, seed):
         want = row_by_row(case, x[row], ids[row], x_next[row])
         close(case, row_of(case, got, row), want, f"row {row}")
         close(case, vmapped[row], want[0], f"row {row} under vmap")
+
+
+@each("mixer")
+def test_a_batch_may_have_no_rows(case):
+    """Traced only: what fails there are shapes."""
+    x, ids = inputs(case, (2, 0, LENGTH), 0), np.zeros((2, 0, LENGTH), "int32")
+
+    def both(x, ids):
+        return call(layer_of(case), x), call(layer_of(case), x, ids)
+
+    plain, packed = jax.eval_shape(both, x, ids)
+    assert plain.shape == packed.shape
+    assert plain.shape[:-1] == ids.shape
 
 
 @each("pointwise")

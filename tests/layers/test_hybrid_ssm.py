@@ -1,8 +1,7 @@
-"""The hybrid layer: its choice by length, its mix, and what refuses."""
+"""The hybrid layer: its choice by length, and its mix."""
 
 import collections
 import functools
-from typing import Any
 
 import equinox as eqx
 import jax
@@ -15,7 +14,6 @@ from support import numpy_oracles as oracles
 from support.derivatives import check_first_order
 from support.layer_cases import packed_rows, seeds
 from support.mamba_oracle import mamba_row, parameters
-from support.messages import refused
 from support.numpy_oracles import documents
 from support.quick import filled
 from support.small_layers import hybrid
@@ -24,7 +22,6 @@ from support.tolerances import assert_close
 from capibara_eqx.layers import (
     Attention,
     Conv1DBlock,
-    HybridCache,
     HybridSSM,
     Mamba,
 )
@@ -208,13 +205,11 @@ def test_a_batch_trains_the_branch_of_its_length_or_both():
     assert unmoved("mix") == (set(), 0)
 
 
-@pytest.mark.parametrize("mode", ["switch", "mix"])
 @pytest.mark.parametrize("branch", ["ssm", "attention"])
-def test_one_branch_alone_takes_every_row(mode, branch):
+def test_one_branch_alone_takes_every_row(branch):
     other = {"ssm": "use_transformer", "attention": "use_mamba"}[branch]
-    layer = filled(
-        hybrid, seed=0, size=0.5, mode=mode, ssm_threshold=THRESHOLD, **{other: False}
-    )
+    options = {"ssm_threshold": THRESHOLD, other: False}
+    layer = filled(hybrid, seed=0, size=0.5, **options)
     assert layer.gate is None
     for length in (THRESHOLD, THRESHOLD + 1):
         assert layer.select_branch(length) == branch
@@ -280,112 +275,3 @@ def test_cost_is_that_of_the_branches_that_run():
         assert cost(mix, max_len).flops == both + gate
         held = sum(part.state_bytes for part in alone.values())
         assert cost(mix, max_len).state_bytes == held
-
-
-BAD = [
-    ({"d_model": 0}, ["`d_model`", "positive integer"]),
-    ({"ssm_threshold": 0}, ["`ssm_threshold`", "positive integer"]),
-    ({"mode": "mixed"}, ["`mode`", "'switch', 'mix'", "Did you mean 'mix'"]),
-    ({"use_mamba": False, "use_transformer": False}, ["both False", "Set one"]),
-    ({"n_heads": 3}, ["`n_heads`", "d_model=4"]),
-]
-
-
-@pytest.mark.errors
-@pytest.mark.parametrize(("options", "words"), BAD)
-def test_bad_arguments(options, words):
-    with refused(*words):
-        HybridSSM(**({"d_model": 4} | options), key=KEY)
-
-
-@pytest.mark.errors
-def test_arguments_without_an_effect():
-    conv: Any = Conv1DBlock(4, 4, 2, key=KEY)
-    with refused("`ssm`", "`use_mamba` is False"):
-        HybridSSM(4, use_mamba=False, ssm=conv, key=KEY)
-    with refused("`attention`", "`use_transformer` is False"):
-        HybridSSM(4, use_transformer=False, attention=conv, key=KEY)
-    with refused("`n_heads`", "Leave it out"):
-        HybridSSM(4, n_heads=2, attention=conv, key=KEY)
-    with refused("`n_heads`", "Leave it out"):
-        HybridSSM(4, n_heads=2, use_transformer=False, key=KEY)
-
-
-@pytest.mark.errors
-def test_a_switch_needs_to_know_its_branch():
-    layer, x = layer_of("switch"), random((8, 4))
-    with refused("length of a row", "`segment_ids`", "branch", 'mode="mix"'):
-        layer(x, segment_ids=IDS)
-    with refused("`max_len` is needed", "number of tokens", "`branch`"):
-        layer.init_cache()
-    for branch in ("mamba", "transformer"):
-        bad: Any = branch
-        with refused("`branch`", "'ssm', 'attention'"):
-            layer(x, branch=bad)
-        with refused("`branch`", "'ssm', 'attention'"):
-            layer.init_cache(branch=bad)
-
-
-@pytest.mark.errors
-def test_a_branch_that_cannot_be_chosen():
-    mix, x = layer_of("mix"), random((8, 4))
-    with refused("`branch`", 'mode="mix"'):
-        mix(x, branch="ssm")
-    with refused("`branch`", 'mode="mix"'):
-        mix.init_cache(max_len=8, branch="ssm")
-    with refused('mode="mix"', "both branches"):
-        mix.select_branch(3)
-    alone = filled(hybrid, seed=0, size=0.5, use_mamba=False)
-    with refused("`branch`", "'ssm'", "built without"):
-        alone(x, branch="ssm")
-
-
-@pytest.mark.errors
-def test_caches_of_other_layers():
-    switch, mix, x = layer_of("switch"), layer_of("mix"), random((2, 4))
-    alone = filled(hybrid, seed=0, size=0.5, use_mamba=False)
-    long = switch.init_cache(max_len=8)
-    nothing: Any = HybridCache(None, None)
-    foreign: Any = switch.ssm.init_cache()
-    with refused("HybridCache", "MambaCache", "`init_cache`"):
-        switch.prefill(x, foreign)
-    for layer, cache in ((mix, long), (alone, long), (switch, nothing)):
-        with refused("`cache`", "other branches", "`init_cache`"):
-            layer.prefill(x, cache)
-        with refused("`cache`", "other branches", "`init_cache`"):
-            layer.step(x[0], cache)
-    with refused("`cache`", "['attention', 'ssm']"):
-        switch.prefill(x, mix.init_cache(max_len=8))
-
-
-class Reports(Conv1DBlock):
-    def __init__(self):
-        super().__init__(4, 4, 2, key=KEY)
-
-    def __call__(self, x, **options):
-        y: Any = super().__call__(x, **options)
-        return y, None
-
-
-@pytest.mark.errors
-@pytest.mark.parametrize("mode", ["switch", "mix"])
-def test_branches_that_do_not_fit(mode):
-    def with_ssm(ssm):
-        return HybridSSM(4, 1, mode=mode, ssm=ssm, n_heads=2, key=KEY)
-
-    x = random((2, 4))
-    with refused("`ssm`", "output alone", "tuple of 2"):
-        with_ssm(Reports())(x)
-    with refused("`ssm`", "(2, 4)", "(2, 3)"):
-        with_ssm(Conv1DBlock(4, 3, 2, key=KEY))(x)
-
-
-@pytest.mark.errors
-def test_inputs_that_do_not_fit():
-    layer = layer_of("mix")
-    with refused("HybridSSM: `x`", "4 elements", "(2, 3)"):
-        layer(random((2, 3)))
-    with refused("HybridSSM.step: `x`", "4 elements", "(3,)"):
-        layer.step(random((3,)), layer.init_cache(max_len=2))
-    with refused("`segment_ids`", "(2,)", "(8,)"):
-        layer(random((2, 4)), segment_ids=IDS)

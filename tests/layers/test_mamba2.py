@@ -184,3 +184,13 @@ def test_the_gated_norm_by_hand(norm_before_gate):
             want = want * gate[:, start : start + 2]
         got = norm(jnp.asarray(x), jnp.asarray(z))[:, start : start + 2]
         assert_close(got, want, dtype="float32", length=4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_may_have_no_rows(packed):
+    layer, x = make("groups"), jnp.zeros((2, 0, 7, 4))
+    ids = jnp.zeros(x.shape[:-1], "int32") if packed else None
+    cache = layer.init_cache(x.shape[:-2])
+    y, after = eqx.filter_jit(layer.prefill)(x, cache, segment_ids=ids)
+    assert y.shape == x.shape
+    assert eqx.tree_equal(after, cache)

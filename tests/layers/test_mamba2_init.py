@@ -112,7 +112,7 @@ def test_arguments_of_the_kernel_reach_it(name):
         ({"expand": 1.5}, ("`expand`", "positive", "1.5")),
         ({"head_dim": 3}, ("`head_dim`", "divide", "8", "3")),
         ({"n_groups": 3}, ("`n_groups`", "divide", "2 heads", "3")),
-        ({"norm_eps": 0.0}, ("`eps`", "positive")),
+        ({"norm_eps": 0.0}, ("`norm_eps`", "positive", "0.0")),
         ({"dt_min": 1.0}, ("`dt_min`", "`dt_max`", "swapped")),
         ({"dt_init_floor": -1.0}, ("`dt_init_floor`", "-1.0")),
         ({"dt_limit": (0.2, 0.1)}, ("`dt_limit`", "0.2", "0.1")),
@@ -145,5 +145,6 @@ def test_inputs_that_do_not_fit():
         layer.prefill(jnp.zeros((2, 7, 4)), layer.init_cache((3,)))
     with refused("`groups`", "divide", "5", "2"):
         GatedRMSNorm(5, 2)
-    with refused("GatedRMSNorm", "`z`", "4"):
-        GatedRMSNorm(4)(jnp.zeros((2, 4)), jnp.zeros((2, 3)))
+    for shape in ((2, 3), (4,), (1, 4)):
+        with refused("GatedRMSNorm", "`z`", "`x`, (2, 4)", str(shape)):
+            GatedRMSNorm(4)(jnp.zeros((2, 4)), jnp.zeros(shape))

@@ -107,6 +107,13 @@ def test_packed_rows_are_those_of_the_loops(rows, seed):
     assert_close(y, want, dtype="float32", length=60)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_batch_may_have_no_rows(packed):
+    x = jnp.zeros((2, 0, SEQ, 3))
+    ids = jnp.zeros(x.shape[:-1], "int32") if packed else None
+    assert compiled_call()(make("chunked"), x, ids).shape == x.shape
+
+
 def test_documents_are_safe_from_each_other():
     layer, ids = make("convolution"), np.asarray([0, 0, 1, 1, 1, 2], "int32")
     x = np.random.default_rng(0).standard_normal((6, 3)).astype("float32")

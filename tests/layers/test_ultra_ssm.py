@@ -13,7 +13,6 @@ from support import numpy_oracles as oracles
 from support.derivatives import check_first_order
 from support.layer_cases import seeds
 from support.mamba_oracle import mamba_row, parameters
-from support.messages import refused
 from support.numpy_oracles import silu, wide
 from support.quick import filled
 from support.small_layers import ultra
@@ -21,7 +20,6 @@ from support.tolerances import assert_close
 
 from capibara_eqx.layers import (
     Attention,
-    Conv1DBlock,
     Mamba,
     UltraSSM,
 )
@@ -317,52 +315,3 @@ def test_cost_is_that_of_the_parts():
     alone = layer_of(d_ff=None)
     assert flops(alone) == flops(layer.mixer) + norm
     assert flops(layer) == flops(alone) + norm + 3 * 2 * 3 * 4
-
-
-BAD = [
-    ({"d_model": 0}, ["`d_model`", "positive integer"]),
-    ({"d_ff": 0}, ["`d_ff`", "positive integer"]),
-    ({"chunk_size": 0}, ["`chunk_size`", "positive integer"]),
-    ({"chunk_size": 2.5}, ["`chunk_size`", "positive integer"]),
-    ({"eps": 0.0}, ["`eps`", "positive"]),
-    ({"dropout_rate": 1.5}, ["`dropout_rate`", "between 0 and 1"]),
-    ({"compute_dtype": "bf16"}, ["`compute_dtype`", "'bf16'", "'bfloat16'"]),
-    ({"compute_dtype": "int8"}, ["`compute_dtype`", "floating point", "int8"]),
-    ({"compute_dtype": "complex64"}, ["`compute_dtype`", "real", "complex64"]),
-]
-
-
-@pytest.mark.errors
-@pytest.mark.parametrize(("options", "words"), BAD)
-def test_bad_arguments(options, words):
-    conv = layer_of("conv").mixer
-    with refused(*words):
-        UltraSSM(conv, **({"d_model": 3} | options), key=KEY)
-
-
-@pytest.mark.errors
-@pytest.mark.parametrize("chunk_size", [None, 2])
-def test_dropout_needs_a_key(chunk_size):
-    layer = layer_of("conv", dropout_rate=0.5, chunk_size=chunk_size)
-    with refused("`key` is needed", "inference_mode"):
-        layer(random((LENGTH, 3)))
-
-
-@pytest.mark.errors
-def test_a_mixer_that_does_not_fit():
-    wider = filled(Conv1DBlock, 3, 4, 2, seed=0, size=0.5)
-    with refused("UltraSSM: `mixer`", "(7, 3)", "(7, 4)"):
-        UltraSSM(wider, 3, key=KEY)(random((LENGTH, 3)))
-
-
-@pytest.mark.errors
-def test_inputs_that_do_not_fit():
-    layer = layer_of()
-    with refused("UltraSSM: `x`", "3 elements", "(7, 4)"):
-        layer(random((LENGTH, 4)))
-    with refused("UltraSSM.step: `x`", "3 elements", "(4,)"):
-        layer.step(random((4,)), layer.init_cache())
-    with refused("`segment_ids`", "(2,)", "(7,)"):
-        layer(random((2, 3)), segment_ids=PACKED)
-    with refused("`cache", "batch shape"):
-        layer.prefill(random((2, 3)), layer.init_cache((2,)))

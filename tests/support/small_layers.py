@@ -14,14 +14,16 @@ from capibara_eqx.layers import (
 )
 
 
-def hybrid(*, key, mode: str = "mix", **options: Any) -> HybridSSM:
-    """Both branches unless `options` leave one out."""
+def hybrid(*, key, mode: str | None = None, **options: Any) -> HybridSSM:
+    """A mix unless `mode` says otherwise, or `options` leave a branch out."""
     ssm_key, attention_key, key = jax.random.split(key, 3)
     branches: dict[str, Any] = {}
     if options.get("use_mamba", True):
         branches["ssm"] = Mamba(4, 2, d_conv=2, key=ssm_key)
     if options.get("use_transformer", True):
         branches["attention"] = Attention(4, 2, rope_enabled=True, key=attention_key)
+    if mode is None:
+        mode = "mix" if len(branches) == 2 else "switch"
     return HybridSSM(4, mode=mode, **branches, **options, key=key)
 
 

@@ -13,7 +13,7 @@ from ..internal import (
     zero_padding,
 )
 from ._linear import Linear
-from ._mixer import AbstractSequenceMixer, check_mixed
+from ._mixer import AbstractSequenceMixer, check_mixed, check_mixer
 
 
 _MERGES = ("sum", "concatenation", "gate")
@@ -72,10 +72,13 @@ class Bidirectional(eqx.Module):
 
         **Raises:**
 
-        `ValueError` for a `d_model` that is not positive or an unknown `merge`.
+        `ValueError` for a `d_model` that is not positive, an unknown `merge`, or a
+        direction that is no mixer of this width.
         """
         check_size("d_model", d_model)
         check_choice("merge", merge, _MERGES)
+        check_mixer("Bidirectional", "forward", forward, d_model)
+        check_mixer("Bidirectional", "reverse", reverse, d_model)
         self.forward = forward
         self.reverse = reverse
         self.out_proj = self.gate = None

@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..internal import check_probability
 
@@ -54,7 +54,7 @@ class Dropout(eqx.Module):
 
         `ValueError` if dropout is active and there is no `key`.
         """
-        if self.inference or (isinstance(self.p, int | float) and self.p == 0):
+        if not _is_active(self):
             return x
         if key is None:
             raise ValueError(
@@ -66,3 +66,18 @@ class Dropout(eqx.Module):
         # p = 1 keeps nothing; dividing by zero there would turn zeros into NaN.
         scale = 1 / jnp.where(keep == 0, 1, keep)
         return jnp.where(mask, x * scale.astype(x.dtype), jnp.zeros_like(x))
+
+
+def _is_active(dropout: Dropout | eqx.nn.Dropout) -> bool:
+    never = isinstance(dropout.p, int | float) and dropout.p == 0
+    return not (dropout.inference or never)
+
+
+def has_active_dropout(model: PyTree) -> bool:
+    """Whether a call of `model` would zero elements at random; Equinox's count too."""
+
+    def is_dropout(node):
+        return isinstance(node, Dropout | eqx.nn.Dropout)
+
+    leaves = jax.tree.leaves(model, is_leaf=is_dropout)
+    return any(is_dropout(leaf) and _is_active(leaf) for leaf in leaves)

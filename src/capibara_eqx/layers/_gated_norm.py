@@ -84,16 +84,22 @@ class GatedRMSNorm(eqx.Module):
 
         **Raises:**
 
-        `ValueError` if the last axis of `x` or `z` is not `d_model` long.
+        `ValueError` if the last axis of `x` is not `d_model` long, or `z` has another
+        shape.
         """
         del key
         check_last_axis("GatedRMSNorm", "x", x, self.d_model)
-        check_last_axis("GatedRMSNorm", "z", z, self.d_model)
+        if z.shape != x.shape:
+            raise ValueError(
+                f"GatedRMSNorm: `z` must have the shape of `x`, {x.shape}, got shape "
+                f"{z.shape}. Every element has a gate of its own: broadcast `z` first."
+            )
         y = accumulate(x)
         gate = jax.nn.silu(z.astype(y.dtype))
         if not self.norm_before_gate:
             y = y * gate
-        parts = y.reshape(*y.shape[:-1], self.groups, -1)
+        size = self.d_model // self.groups
+        parts = y.reshape(*y.shape[:-1], self.groups, size)
         scale = jax.lax.rsqrt(jnp.mean(parts * parts, -1, keepdims=True) + self.eps)
         y = (parts * scale).reshape(y.shape)
         y = y * jnp.broadcast_to(self.weight.astype(y.dtype), y.shape)

@@ -17,7 +17,7 @@ from ..internal import (
 from ._attention import Attention
 from ._linear import Linear
 from ._mamba import Mamba
-from ._mixer import AbstractSequenceMixer, check_mixed
+from ._mixer import AbstractSequenceMixer, check_mixed, check_mixer
 
 
 Branch = Literal["ssm", "attention"]
@@ -90,9 +90,11 @@ class HybridSSM(AbstractSequenceMixer):
 
         - `d_model`: width of input and output.
         - `ssm_threshold`: tokens of the longest row that a switch gives to attention.
+            It is of a switch between two branches alone: a mix, or one branch, takes
+            rows of any length.
         - `use_mamba`, `use_transformer`: whether there is a state space, and whether
-            there is attention. One of them alone takes every row, in either mode.
-        - `mode`: `"switch"` or `"mix"`.
+            there is attention. One of them alone takes every row.
+        - `mode`: `"switch"` or `"mix"`, the latter of two branches.
         - `ssm`, `attention`: the branches, any mixers from `d_model` to `d_model` that
             return their output alone; if not given `Mamba(d_model)` and
             `Attention(d_model, n_heads, rope_enabled=True)`.
@@ -104,7 +106,8 @@ class HybridSSM(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for a size that is not positive, an unknown `mode`, no branch at
-        all, or a branch or `n_heads` that would not be used.
+        all, a mix of one, a branch that is no mixer of this width, or a branch or
+        `n_heads` that would not be used.
         """
         check_size("d_model", d_model)
         check_size("ssm_threshold", ssm_threshold)
@@ -114,8 +117,16 @@ class HybridSSM(AbstractSequenceMixer):
                 "`use_mamba` and `use_transformer` are both False, which leaves "
                 "nothing to mix with. Set one of them."
             )
-        _check_used("ssm", ssm, "use_mamba", use_mamba)
-        _check_used("attention", attention, "use_transformer", use_transformer)
+        both = use_mamba and use_transformer
+        if mode == "mix" and not both:
+            raise ValueError(
+                '`mode="mix"` mixes two branches, but `use_mamba` or `use_transformer` '
+                "is False. Set both, or leave out `mode`."
+            )
+        _check_branch("ssm", ssm, d_model, "use_mamba", use_mamba)
+        _check_branch(
+            "attention", attention, d_model, "use_transformer", use_transformer
+        )
         builds_attention = use_transformer and attention is None
         if n_heads is not None and not builds_attention:
             raise ValueError(
@@ -131,12 +142,11 @@ class HybridSSM(AbstractSequenceMixer):
             attention = Attention(
                 d_model, n_heads, rope_enabled=True, dtype=dtype, key=attention_key
             )
-        both = use_mamba and use_transformer
         self.ssm = ssm
         self.attention = attention
         self.gate = (
             Linear(d_model, d_model, dtype=dtype, key=gate_key)
-            if both and mode == "mix"
+            if mode == "mix"
             else None
         )
         self.d_model = d_model
@@ -146,6 +156,12 @@ class HybridSSM(AbstractSequenceMixer):
     def mode(self) -> str:
         """`"mix"` if both branches run, `"switch"` if one does."""
         return "switch" if self.gate is None else "mix"
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether the length of a row decides between two branches."""
+        has_both = self.ssm is not None and self.attention is not None
+        return has_both and self.gate is None
 
     def select_branch(self, length: int) -> Branch:
         """The branch that reads rows of this length.
@@ -196,7 +212,7 @@ class HybridSSM(AbstractSequenceMixer):
         """
         check_sequence("HybridSSM", "x", x, self.d_model)
         check_segment_ids("HybridSSM", segment_ids, x.shape[:-1])
-        if branch is None and segment_ids is not None and self._has_choice:
+        if branch is None and segment_ids is not None and self.has_choice:
             raise ValueError(
                 "HybridSSM: a switch chooses by the length of a row, but a row with "
                 "`segment_ids` holds documents of other lengths, or padding. Pass "
@@ -233,7 +249,7 @@ class HybridSSM(AbstractSequenceMixer):
         `ValueError` for a `branch` that the layer cannot choose, or in a switch
         without either.
         """
-        if branch is None and max_len is None and self._has_choice:
+        if branch is None and max_len is None and self.has_choice:
             raise ValueError(
                 "HybridSSM: `max_len` is needed: a switch chooses its branch by the "
                 "number of tokens that a cache is made for, since it cannot change it "
@@ -280,11 +296,6 @@ class HybridSSM(AbstractSequenceMixer):
         """
         check_last_axis("HybridSSM.step", "x", x, self.d_model)
         return self._continue(lambda mixer, held: mixer.step(x, held), x, cache)
-
-    @property
-    def _has_choice(self) -> bool:
-        has_both = self.ssm is not None and self.attention is not None
-        return has_both and self.gate is None
 
     def _chosen(self, branch: Branch | None, length: int) -> tuple[Branch, ...]:
         """The branches that read a row of this length."""
@@ -341,10 +352,17 @@ class HybridSSM(AbstractSequenceMixer):
         return (g * ssm + (1 - g) * attention).astype(x.dtype)
 
 
-def _check_used(
-    name: str, branch: AbstractSequenceMixer | None, flag: str, used: bool
+def _check_branch(
+    name: str,
+    branch: AbstractSequenceMixer | None,
+    d_model: int,
+    flag: str,
+    used: bool,
 ) -> None:
-    if branch is not None and not used:
+    if branch is None:
+        return
+    check_mixer("HybridSSM", name, branch, d_model)
+    if not used:
         raise ValueError(
             f"`{name}` was given, but `{flag}` is False, so that it would not be used. "
             "Leave out either."

@@ -10,6 +10,7 @@ from ..internal import (
     accumulate,
     accumulator_dtype,
     check_last_axis,
+    check_positive,
     check_segment_ids,
     check_sequence,
     check_size,
@@ -130,8 +131,9 @@ class Mamba2(AbstractSequenceMixer):
 
         **Raises:**
 
-        `ValueError` for sizes that are not positive or do not divide each other, ranges
-        that are empty, or an unknown `activation` or `implementation`.
+        `ValueError` for sizes or a `norm_eps` that are not positive, sizes that do not
+        divide each other, ranges that are empty, or an unknown `activation` or
+        `implementation`.
         """
         sizes = {
             "d_model": d_model,
@@ -143,6 +145,7 @@ class Mamba2(AbstractSequenceMixer):
         }
         for name, value in sizes.items():
             check_size(name, value)
+        check_positive("norm_eps", norm_eps)
         d_inner = expand * d_model
         if d_inner % head_dim:
             raise ValueError(

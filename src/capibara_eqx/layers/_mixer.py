@@ -131,6 +131,22 @@ class AbstractSequenceMixer(eqx.Module):
         """
 
 
+def check_mixer(layer: str, part: str, mixer: object, d_model: int) -> None:
+    """Raise `ValueError` unless `mixer` is one, of this width if it says its width."""
+    if not isinstance(mixer, AbstractSequenceMixer):
+        raise ValueError(
+            f"{layer}: `{part}` must be a sequence mixer, such as Mamba or Attention, "
+            f"got {type(mixer).__name__}. Subclass AbstractSequenceMixer for one of "
+            "your own."
+        )
+    width = getattr(mixer, "d_model", d_model)
+    if width != d_model:
+        raise ValueError(
+            f"{layer}: `{part}` must have the width of the layer, d_model={d_model}, "
+            f"got {type(mixer).__name__} of d_model={width}. Build both with one width."
+        )
+
+
 def check_mixed(
     layer: str, part: str, x: Float[Array, "..."], y: Any
 ) -> Float[Array, "..."]:

@@ -175,7 +175,7 @@ class AbstractStateSpace(AbstractSequenceMixer):
         lead = () if math.prod(batch) == 1 else batch
         u, h = (part.reshape(*lead, *part.shape[len(batch) :]) for part in (u, h))
         if segment_ids is not None:
-            ids = segment_ids.reshape(*lead, -1)
+            ids = segment_ids.reshape(*lead, x.shape[-2])
             before = cache.segment.reshape(lead).astype(ids.dtype)
             y, h = read_packed(system, u, h, self.chunk_size, ids, before)
         elif mode == "recurrent":

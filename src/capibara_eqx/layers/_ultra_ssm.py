@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import (
+    check_choice,
     check_last_axis,
     check_probability,
     check_segment_ids,
@@ -15,10 +16,14 @@ from ..internal import (
     zero_padding,
 )
 from ._compute_dtype import cast_for_compute
-from ._dropout import Dropout
+from ._dropout import Dropout, has_active_dropout
 from ._glu import SwiGLU
-from ._mixer import AbstractSequenceMixer, check_mixed
+from ._hybrid_ssm import HybridSSM
+from ._mixer import AbstractSequenceMixer, check_mixed, check_mixer
 from ._norm import RMSNorm
+
+
+_COMPUTE_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class UltraSSM(AbstractSequenceMixer):
@@ -90,11 +95,13 @@ class UltraSSM(AbstractSequenceMixer):
         - `d_ff`: width inside the feed-forward; there is none if not given.
         - `dropout_rate`: probability of dropping an element of either output. There is
             dropout in `__call__` only.
-        - `compute_dtype`: in which mixer and feed-forward compute; `None` is the dtype
-            of the input and leaves the parameters as they are.
+        - `compute_dtype`: in which mixer and feed-forward compute: bfloat16, float16,
+            float32 or float64; `None` is the dtype of the input and leaves the
+            parameters as they are.
         - `remat`: whether the backward pass computes everything but the inputs again.
         - `chunk_size`: tokens that are read at once; all if not given. Chunks are read
-            by the mixer's `prefill`, which has no dropout of its own.
+            by the mixer's `prefill`, which drops nothing: a mixer with dropout of its
+            own is refused by `__call__` while that is active, whatever the length.
         - `eps`: of the norms.
         - `dtype`: of the parameters made here; float32 if not given.
         - `key`: for their initial values.
@@ -102,14 +109,15 @@ class UltraSSM(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for a size that is not positive, a `dropout_rate` outside [0, 1],
-        or a `compute_dtype` that is no real floating point one.
+        another `compute_dtype`, or a `mixer` that is none of this width.
         """
         check_probability("dropout_rate", dropout_rate)
         if chunk_size is not None:
             check_size("chunk_size", chunk_size)
         if compute_dtype is not None:
-            compute_dtype = _float_name("compute_dtype", compute_dtype)
+            compute_dtype = _dtype_name("compute_dtype", compute_dtype)
         self.mixer_norm = RMSNorm(d_model, eps, dtype=dtype)
+        check_mixer("UltraSSM", "mixer", mixer, d_model)
         self.mixer = mixer
         self.feed_forward_norm = None
         self.feed_forward = None
@@ -140,10 +148,12 @@ class UltraSSM(AbstractSequenceMixer):
 
         **Raises:**
 
-        `ValueError` for an input that does not fit, active dropout without a key, or a
-        mixer that returns something else than its output.
+        `ValueError` for an input that does not fit, active dropout without a key or,
+        beside `chunk_size`, in the mixer, packed rows for a mixer that switches by
+        their length, or one that returns something else than its output.
         """
         self._check(x, segment_ids)
+        self._check_mixer_can_call(segment_ids)
         layer = self._narrow()
         if self._fits_at_once(x):
             return self._read(layer, "__call__", x, None, segment_ids, key)[0]
@@ -192,6 +202,22 @@ class UltraSSM(AbstractSequenceMixer):
     def _check(self, x, segment_ids):
         check_sequence("UltraSSM", "x", x, self.d_model)
         check_segment_ids("UltraSSM", segment_ids, x.shape[:-1])
+
+    def _check_mixer_can_call(self, segment_ids):
+        """In chunks it is not called: they refuse alike, so that lengths agree."""
+        if self.chunk_size is not None and has_active_dropout(self.mixer):
+            raise ValueError(
+                "UltraSSM: `mixer` has dropout of its own, which `chunk_size` would "
+                "leave out: chunks are read by its `prefill`. Pass `dropout_rate` to "
+                "UltraSSM instead, leave out `chunk_size`, or turn it off with "
+                "`eqx.nn.inference_mode(model)`."
+            )
+        if segment_ids is not None and _switches(self.mixer):
+            raise ValueError(
+                "UltraSSM: `mixer` has a HybridSSM that switches by the length of a "
+                "row, but a row with `segment_ids` holds documents of other lengths, "
+                'or padding. Build the HybridSSM with `mode="mix"`, or with one branch.'
+            )
 
     def _fits_at_once(self, x) -> bool:
         return self.chunk_size is None or x.shape[-2] <= self.chunk_size
@@ -263,17 +289,23 @@ def _normed(layer, norm, x, segment_ids):
     return norm(x).astype(layer.compute_dtype or x.dtype)
 
 
-def _float_name(argument: str, dtype: DTypeLike) -> str:
-    """The name of a real floating point dtype; `ValueError` if it is none."""
+def _switches(mixer: AbstractSequenceMixer | None) -> bool:
+    """Whether it is, or hands whole rows to, a hybrid that chooses by their length."""
+    if isinstance(mixer, UltraSSM):
+        return _switches(mixer.mixer)
+    if isinstance(mixer, HybridSSM):
+        branches = (mixer.ssm, mixer.attention)
+        return mixer.has_choice or any(_switches(branch) for branch in branches)
+    return False
+
+
+def _dtype_name(argument: str, dtype: DTypeLike) -> str:
+    """The name of a dtype to compute in; `ValueError` if it is none."""
     try:
         found = jnp.dtype(dtype)
     except TypeError as error:
         raise ValueError(
             f"`{argument}` must be a dtype, got {dtype!r}. Did you mean 'bfloat16'?"
         ) from error
-    if not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(
-            f"`{argument}` must be a real floating point dtype, got {found.name}. Pass "
-            "'bfloat16', 'float32', or None for that of the input."
-        )
+    check_choice(argument, found.name, _COMPUTE_DTYPES)
     return found.name
