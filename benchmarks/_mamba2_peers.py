@@ -40,7 +40,9 @@ def transformers_ssd(
 
 
 def transformers_step(weights: dict[str, Array], tokens: Array) -> Prepared:
-    """One token through transformers' Mamba-2 layer without its norm, with its cache.
+    """One token through transformers' Mamba-2 layer and its cache.
+
+    The layer is measured without the norm of its block.
 
     **Arguments:**
 

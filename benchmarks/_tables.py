@@ -61,21 +61,26 @@ def exchange_table(measurements: Sequence[Record]) -> list[str]:
     rows = []
     for m in measurements:
         spec, formula = m["spec"], m["spec"]["sent_by_formula"]
-        sizes = [spec["updates"], "" if formula is None else formula]
-        sizes.append(spec["sent_compiled"])
         rows.append(
             [
                 m["mode"].replace("_", " "),
                 f"`{spec['name']}`",
-                *(f"{size:,}" if size != "" else "" for size in sizes),
+                f"{spec['updates']:,}",
+                f"{spec['updates_share']:.3f}",
+                f"{spec['operations']:,}",
+                f"{spec['operations_share']:.3f}",
+                "" if formula is None else f"{formula:,}",
+                f"{spec['sent_compiled']:,}",
                 _mebibytes(m),
                 _milliseconds(m),
                 f"{spec['difference']:.1e}",
                 _error(m),
             ]
         )
-    titles = ["mode", "operation and devices", "updates"]
-    titles += ["sent by formula, bytes", "sent, bytes", "temporaries, MiB", "ms"]
+    titles = ["mode", "operation and devices", "updates by formula", "share"]
+    titles += ["operations as compiled", "share"]
+    titles += ["sent by formula, bytes", "sent as compiled, bytes"]
+    titles += ["temporaries, MiB", "ms"]
     titles += ["difference", "error"]
     return _table(titles, "ll" + "r" * (len(titles) - 2), rows)
 

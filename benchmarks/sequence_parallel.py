@@ -2,11 +2,14 @@
 
 The devices are virtual: they share the cores of one machine, so times say nothing of
 several machines, and what is recorded for its own sake is the rest. *Updates* are the
-elements that a device's passes over its piece compute, by formula (a convolution's are
-multiply-adds); *sent* are the bytes of the operands of the collectives, by formula and
-as they stand in the program that XLA compiled, of which the gradients have more.
-*Difference* is the largest one from the plain operation on one device, in units of its
-largest value. The implementation is `xla`.
+elements that a device's passes over its piece compute forward, by formula (a
+convolution's are multiply-adds). *Operations* are those on floating-point numbers in
+the program that XLA compiled, loops counted as often as they run. An update takes
+several, and gradients more, so what compares is the *share* of either: its part of the
+same count on one device. *Sent* are the bytes of the operands of the collectives, by
+formula and as compiled, of which the gradients have more. *Difference* is the largest
+one from the plain operation on one device, in units of its largest value. The
+implementation is `xla`.
 """
 
 import argparse
@@ -37,6 +40,7 @@ from ._harness import (
     with_gradients,
 )
 from ._inputs import normal, scan_inputs
+from ._operations import operations
 from ._records import Measurement
 
 
@@ -236,9 +240,12 @@ def _run(quick: bool) -> list[dict[str, Any]]:
             alone = None
             for devices in (1, DEVICES):
                 record, outputs = _measured(name, subject, mode, devices, quick)
-                alone = outputs if alone is None else alone
-                difference = max_error(outputs, jax.tree.map(np.float64, alone))
-                record["spec"]["difference"] = float(f"{difference:.3g}")
+                spec = record["spec"]
+                alone = (spec, outputs) if alone is None else alone
+                difference = max_error(outputs, jax.tree.map(np.float64, alone[1]))
+                spec["difference"] = float(f"{difference:.3g}")
+                for work in ("updates", "operations"):
+                    spec[f"{work}_share"] = round(spec[work] / alone[0][work], 4)
                 found.append(record)
     return found
 
@@ -264,7 +271,7 @@ def _measured(name: str, subject: Subject, mode: str, devices: int, quick: bool)
         "updates": passes * subject.updates // devices,
         "sent_by_formula": _formula(subject, devices) if mode == "forward" else None,
         "sent_compiled": sent_bytes(executable.as_text(), devices),
-        "flops_compiled_once": _flops(executable),
+        "operations": operations(executable.as_text()),
     }
     return {
         "implementation": "plain" if devices == 1 else "sharded",
@@ -308,11 +315,6 @@ def _function(subject: Subject, mode: str, mesh: Mesh) -> Callable[..., Any]:
 def _formula(subject: Subject, devices: int) -> int:
     numbers = subject.gathered + subject.passed + subject.summed
     return 0 if devices == 1 else _FLOAT * numbers
-
-
-def _flops(executable: Any) -> float | None:
-    """By XLA's own count, in which the body of a loop counts once."""
-    return executable.cost_analysis().get("flops")
 
 
 if __name__ == "__main__":

@@ -39,9 +39,14 @@ def test_every_device_does_its_share_and_sends_what_the_formula_says(tmp_path):
         alone, many = (found[f"{name}_{n}", "forward"].spec for n in (1, 8))
         passes = 1 if name == "causal_conv" else 2
         assert many["updates"] * 8 == alone["updates"] * passes
+        assert many["updates_share"] == passes / 8
+        assert alone["updates_share"] == alone["operations_share"] == 1
+        # Pieces of eight tokens: what eight devices gather weighs as much as one piece.
+        assert many["operations"] < 0.6 * alone["operations"]
         assert many["sent_by_formula"] == many["sent_compiled"] > 0
         assert alone["sent_by_formula"] == alone["sent_compiled"] == 0
         assert found[f"{name}_8", "forward_backward"].spec["sent_compiled"] > 0
     page = report.render(read_records(tmp_path.glob("*/*.jsonl")))
     assert "| sent by formula, bytes |" in page
+    assert "| operations as compiled | share |" in page
     assert page.count("`selective_scan_8`") == 2

@@ -1,6 +1,7 @@
 """Kernels over a sequence that is cut over the devices, if there are several."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +86,37 @@ def test_equals_one_device_and_keeps_its_dtypes(case):
     y, state = results
     assert y.sharding.is_equivalent_to(NamedSharding(line(), P(None, "seq")), y.ndim)
     assert state.sharding.is_fully_replicated
+
+
+MIXED = [(AxisType.Explicit, AxisType.Auto), (AxisType.Auto, AxisType.Explicit)]
+
+
+QUICK = [("recurrence", EVEN), ("conv_documents", UNEVEN)]
+OTHERS = [(n, s) for n in CASES for s in (EVEN, UNEVEN) if (n, s) not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("name", "seq"), [*QUICK, *(pytest.param(*pair, marks=slow) for pair in OTHERS)]
+)
+@pytest.mark.parametrize("types", MIXED, ids=str)
+def test_meshes_that_mix_types_of_axes(name, seq, types):
+    case, mesh = CASES[name], grid(*types)
+    arguments = case.make(seq)
+    with jax.set_mesh(mesh):
+        inputs = placed(cast(arguments, "float32"), mesh)
+        results = quick_jit(over(case, mesh))(**inputs)
+    check(case, arguments, results, "float32")
+
+
+# The annotations want a sign, but only with the checks of types on.
+@pytest.mark.errors
+@pytest.mark.parametrize("seq", [EVEN, UNEVEN])
+def test_documents_with_ids_that_have_no_sign(seq):
+    case = CASES["conv_documents"]
+    arguments = case.make(seq)
+    arguments["segment_ids"] = np.abs(arguments["segment_ids"]).astype(np.uint8)
+    results = quick_jit(over(case, line()))(**cast(arguments, "float32"))
+    check(case, arguments, results, "float32")
 
 
 seeds = st.integers(0, 2**32 - 1)
@@ -229,6 +261,17 @@ def test_axes_that_the_mesh_does_not_have(operation, options, message):
     call = {"axis": "seq", **options}
     with pytest.raises(ValueError, match=message):
         SHARDED[operation](**inputs, **case.static, mesh=grid(), **call)
+
+
+@pytest.mark.errors
+@pytest.mark.parametrize("operation", SHARDED)
+def test_a_mesh_that_is_none(operation):
+    case = next(c for c in CASES.values() if c.operation == operation)
+    inputs = cast(case.make(EVEN), "float32")
+    mesh: Any = None
+    message = f"sharded_{operation}: `mesh` must be a jax.sharding.Mesh.*got None"
+    with pytest.raises(ValueError, match=message):
+        SHARDED[operation](**inputs, **case.static, mesh=mesh, axis="seq")
 
 
 @pytest.mark.errors

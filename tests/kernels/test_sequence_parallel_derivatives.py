@@ -50,6 +50,16 @@ def test_gradient_over_explicit_axes(name, seq):
         check_gradient(*losses(case, fixed, mesh, place), smooth, place)
 
 
+@slow
+@pytest.mark.parametrize("name", ["recurrence", "conv_depthwise", "scan_plain_steps"])
+def test_gradient_over_axes_of_both_types(name):
+    case, mesh = CASES[name], grid(AxisType.Explicit, AxisType.Auto)
+    smooth, fixed = split_fixed(case.make(UNEVEN))
+    place = functools.partial(placed, mesh=mesh)
+    with jax.set_mesh(mesh):
+        check_gradient(*losses(case, fixed, mesh, place), smooth, place)
+
+
 def unplaced(point):
     return {name: jnp.asarray(values) for name, values in point.items()}
 

@@ -129,9 +129,12 @@ def line(axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
 
 
 @functools.cache
-def grid(axis_type: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
-    shape = (ROWS, DEVICES // ROWS)
-    return jax.make_mesh(shape, ("data", "seq"), axis_types=(axis_type,) * 2)
+def grid(
+    axis_type: AxisType = AxisType.Auto, rows_type: AxisType | None = None
+) -> jax.sharding.Mesh:
+    """Axes `data` and `seq`, of one type unless that of the rows is given."""
+    shape, rows_type = (ROWS, DEVICES // ROWS), rows_type or axis_type
+    return jax.make_mesh(shape, ("data", "seq"), axis_types=(rows_type, axis_type))
 
 
 def over(case: Case, mesh: jax.sharding.Mesh, **options: Any):

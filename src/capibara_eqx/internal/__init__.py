@@ -15,6 +15,7 @@ from ._checks import check_size as check_size
 from ._checks import nearest as nearest
 from ._extras import require_extra as require_extra
 from ._keys import split_or_none as split_or_none
+from ._no_step import NO_STEP as NO_STEP
 from ._precision import accumulate as accumulate
 from ._precision import accumulator_dtype as accumulator_dtype
 from ._precision import promote_dtypes as promote_dtypes

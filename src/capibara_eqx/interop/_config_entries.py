@@ -95,6 +95,11 @@ class Entries:
         return value
 
 
+def encode_number(value: float) -> Any:
+    """What JSON holds for a number: infinity in the way of transformers 5."""
+    return {"__float__": "Infinity"} if value == np.inf else value
+
+
 def _number(value: Any) -> float | None:
     """A number, infinity in the way of transformers 5 too, which JSON has none for."""
     if isinstance(value, int | float) and not isinstance(value, bool):

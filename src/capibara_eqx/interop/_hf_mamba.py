@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ._architecture import Architecture
-from ._config_entries import Entries
+from ._config_entries import Entries, encode_number
 from ._hf_names import MAMBA
 from ._mamba2_spec import Mamba2Spec
 from ._mamba_spec import MambaSpec
@@ -105,8 +105,9 @@ def _write_mamba(structure: Structure) -> dict[str, Any]:
 
 def _write_mamba2(structure: Structure) -> dict[str, Any]:
     block: Any = structure.blocks[0]
-    # JSON has no infinity: what transformers takes for an absent entry stays away.
-    limit = {"time_step_limit": list(block.dt_limit)}
+    # An absent entry is no limit to every version of transformers; infinity is written
+    # in another way by some.
+    limit = {"time_step_limit": [encode_number(x) for x in block.dt_limit]}
     return {
         "state_size": block.d_state,
         "num_heads": structure.d_model * block.expand // block.head_dim,

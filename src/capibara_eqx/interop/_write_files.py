@@ -116,7 +116,7 @@ def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2)
+        json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())

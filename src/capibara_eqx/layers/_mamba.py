@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import (
+    NO_STEP,
     accumulate,
     accumulator_dtype,
     check_choice,
@@ -24,7 +25,7 @@ from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._linear import Linear
 from ._mixer import AbstractSequenceMixer
-from ._step_size import NO_STEP, check_step_range, step_bias
+from ._step_size import check_step_range, step_bias
 
 
 class MambaCache(eqx.Module):

@@ -7,11 +7,6 @@ from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 from ..internal import check_positive, check_range
 
 
-# Padding is read with this step size before softplus. It is far below where exp
-# underflows, so the step is exactly zero and so is its gradient, in every dtype.
-NO_STEP = -1e4
-
-
 def check_step_range(dt_min: float, dt_max: float, floor: float = 0.0) -> None:
     """Raise `ValueError` unless step sizes can be drawn from `[dt_min, dt_max]`."""
     check_positive("dt_min", dt_min)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Int, PyTree, Shaped
 
@@ -73,6 +73,7 @@ class Shards:
     seq: int
 
     def __post_init__(self):
+        self._check_mesh()
         self._check_axis("axis", self.axis)
         if self.batch_axis is None:
             return
@@ -88,6 +89,14 @@ class Shards:
                 f"{self.operation}: `batch_axis` {self.batch_axis!r} has {rows} "
                 "devices, which must divide the first batch axis; the batch is "
                 f"{self.batch}. Pad the batch, or leave `batch_axis` out."
+            )
+
+    def _check_mesh(self) -> None:
+        if not isinstance(self.mesh, Mesh | AbstractMesh):
+            raise ValueError(
+                f"{self.operation}: `mesh` must be a jax.sharding.Mesh of the devices "
+                f"that the sequence is cut over, got {self.mesh!r}. Make one by "
+                f"jax.make_mesh((jax.device_count(),), ({self.axis!r},))."
             )
 
     def _check_axis(self, argument: str, axis: str) -> None:
@@ -163,8 +172,11 @@ class Shards:
         return jax.lax.slice_in_dim(y, 0, self.seq, axis=len(batch)), state
 
     def _placed(self, x, spec):
-        if AxisType.Explicit not in self.mesh.axis_types:
+        types = dict(zip(self.mesh.axis_names, self.mesh.axis_types, strict=True))
+        if AxisType.Explicit not in types.values():
             return x
+        # The type of an array names no other axes.
+        spec = P(*(n if types.get(n) == AxisType.Explicit else None for n in spec))
         return jax.sharding.reshard(x, NamedSharding(self.mesh, spec))
 
     def index(self) -> Int[Array, ""]:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ...internal import (
     last_segment,
@@ -63,7 +63,7 @@ def sharded_causal_conv(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, the axis that the mesh
+    `ValueError` naming the argument that does not fit, the axis that the mesh
     does not have, or an unknown activation or implementation. `NotImplementedError`
     with the reason if the implementation that was named cannot serve.
 
@@ -89,6 +89,8 @@ def sharded_causal_conv(
     shards = Shards(
         "sharded_causal_conv", mesh, axis, batch_axis, x.shape[:-2], x.shape[-2]
     )
+    if segment_ids is not None:
+        streams["segment_ids"] = _signed(segment_ids)
     streams = shards.padded(streams, segment_ids=-1)
     # Of what passes between pieces nothing is rounded.
     dtype = promote_dtypes(x.dtype, result.dtype)
@@ -108,6 +110,12 @@ def sharded_causal_conv(
         return y, state.astype(result.dtype)
 
     return shards.run(piece, streams, rows, weights)
+
+
+def _signed(ids: Shaped[Array, "*batch seq"]) -> Int[Array, "*batch seq"]:
+    """The same ids in a dtype that has a negative one, which padding gets."""
+    unsigned = jnp.issubdtype(ids.dtype, jnp.unsignedinteger)
+    return ids.astype(jnp.result_type(int)) if unsigned else ids
 
 
 def _halo(

@@ -57,7 +57,7 @@ def sharded_linear_recurrence(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, the axis that the mesh
+    `ValueError` naming the argument that does not fit, the axis that the mesh
     does not have, or an unknown implementation.
 
     !!! example

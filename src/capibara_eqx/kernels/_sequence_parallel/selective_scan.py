@@ -6,13 +6,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from ...internal import NO_STEP
 from .._selective_scan import selective_scan
 from ._shards import Shards, checked, forget, present
-
-
-# So far below where exp underflows that softplus of it is exactly zero, and so is its
-# gradient, in every dtype.
-_NO_STEP = -1e4
 
 
 def sharded_selective_scan(
@@ -68,7 +64,7 @@ def sharded_selective_scan(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, the axis that the mesh
+    `ValueError` naming the argument that does not fit, the axis that the mesh
     does not have, or an unknown implementation. `NotImplementedError` with the reason
     if the implementation that was named cannot serve.
 
@@ -98,7 +94,7 @@ def sharded_selective_scan(
         # Padding is to be a step of zero, and a bias may not have an exact negative in
         # the dtype of `delta`: so it is added here.
         streams["delta"] = _steps(delta, weights.pop("delta_bias"), False, result.dtype)
-    streams = shards.padded(streams, delta=_NO_STEP if delta_softplus else 0)
+    streams = shards.padded(streams, delta=NO_STEP if delta_softplus else 0)
 
     def piece(streams, rows, weights):
         dtype, A = result.dtype, weights["A"].astype(result.dtype)

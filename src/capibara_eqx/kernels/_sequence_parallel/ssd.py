@@ -59,7 +59,7 @@ def sharded_ssd(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, the axis that the mesh
+    `ValueError` naming the argument that does not fit, the axis that the mesh
     does not have, or an unknown implementation.
 
     !!! example
