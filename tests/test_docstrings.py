@@ -79,8 +79,17 @@ def surroundings() -> dict[str, Any]:
     }
 
 
+# Run as they stand, so that every operation is compiled by itself.
+LONG = ("LinearSSM", "Mamba2", "S4", "S5", "UltraSSM", "validate_ssm_system")
+
+
 @pytest.mark.parametrize(
-    "name", sorted(name for name in PUBLIC if name.partition(".")[2] not in RESULTS)
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if short in LONG else ())
+        for name in sorted(PUBLIC)
+        if (short := name.partition(".")[2]) not in RESULTS
+    ],
 )
 def test_the_example_runs(name):
     text = inspect.getdoc(PUBLIC[name])

@@ -144,7 +144,6 @@ CASES = (
         remembers=False,
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
-    Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60),
     *STATE_SPACES,
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
@@ -174,6 +173,7 @@ CASES = (
         remembers=False,
         slow=True,
     ),
+    Case("mamba_odd", partial(Mamba, 3, 5, 3, expand=3, **_ODD), 3, 60, slow=True),
     Case("mamba_no_conv", partial(Mamba, 3, 1, 1, conv_bias=False), 3, 20, slow=True),
     Case(
         "mamba_reference",

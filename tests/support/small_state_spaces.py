@@ -45,8 +45,14 @@ STATE_SPACES = (
     Case("linear_ssm", _linear_ssm, 3, 40),
     Case("s5", _s5, 3, 40),
     Case("s4d", partial(S4D, 3, 4, **_STATE_SPACE), 3, 60),
-    Case("s4", partial(S4, 2, 4, **{**_STATE_SPACE, "chunk_size": 2}), 2, 100),
     Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
+    Case(
+        "s4",
+        partial(S4, 2, 4, **{**_STATE_SPACE, "chunk_size": 2}),
+        width=2,
+        terms=100,
+        slow=True,
+    ),
     Case("linear_ssm_legt", _linear_ssm_legt, 3, 20, slow=True),
     Case("s5_bilinear", _s5_bilinear, 2, 20, slow=True),
     Case(
