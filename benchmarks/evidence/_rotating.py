@@ -9,14 +9,18 @@ from capibara_eqx.kernels import linear_recurrence
 from capibara_eqx.layers import AbstractSequenceMixer, Linear
 
 
+_GAIN = 4.0
+
+
 class RotatingSSM(AbstractSequenceMixer):
     r"""One complex state a channel, which the input makes decay and turn.
 
-    $$h_t = e^{-\mathrm{softplus}(r_t) + i\pi\sigma(\theta_t)} h_{t-1} + u_t, \qquad
+    $$h_t = e^{-\mathrm{softplus}(4 r_t) + i\pi\sigma(4 \theta_t)} h_{t-1} + u_t, \qquad
     y_t = W_o\,(\mathrm{Re}\,h_t \odot \mathrm{silu}(z_t)), \qquad
     r, \theta, u, z = W x + b$$
 
-    A turn lies between none and half a circle, both of which a sigmoid comes near.
+    A turn lies between none and half a circle, and a decay between 0 and 1; the factor
+    lets small weights come near the ends, which long rows need.
     Without `rotates` there is no $\theta$, and decays are positive, as those of Mamba.
     That a data-dependent rotation tracks what positive decays cannot is the argument of
     Mamba-3. Padding and packing are not for this layer.
@@ -66,8 +70,8 @@ class RotatingSSM(AbstractSequenceMixer):
         u, z, rate, *turn = jnp.split(self.in_proj(x), 4 if self.rotates else 3, -1)
         angle = jnp.zeros_like(rate)
         if self.rotates:
-            angle = jnp.pi * jax.nn.sigmoid(turn[0])
-        decay = jnp.exp(jax.lax.complex(-jax.nn.softplus(rate), angle))
+            angle = jnp.pi * jax.nn.sigmoid(_GAIN * turn[0])
+        decay = jnp.exp(jax.lax.complex(-jax.nn.softplus(_GAIN * rate), angle))
         driven = jax.lax.complex(u, jnp.zeros_like(u))
         h, cache = linear_recurrence(decay, driven, initial_state=cache)
         return self.out_proj(h.real * jax.nn.silu(z)), cache

@@ -49,8 +49,8 @@ class Settings:
     # One compiled function for all lengths, so all are multiples of a chunk.
     chunk: int = 64
     held_out: int = 256
-    seeds: tuple[int, ...] = (0,)
-    schedule: Schedule = Schedule(12_000, 16, 1e-3)
+    seeds: tuple[int, ...] = (0, 1)
+    schedule: Schedule = Schedule(6000, 16, 2e-3)
 
 
 QUICK = Settings(

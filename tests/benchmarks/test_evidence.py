@@ -120,11 +120,11 @@ def test_the_rotating_layer_is_its_formula(rotates):
     weight, bias, out = (np.asarray(v, np.float64) for v in weights)
     read = np.asarray(x, np.float64) @ weight.T + bias
     u, z, rate, *turn = np.split(read, 4 if rotates else 3, axis=-1)
-    angle = np.pi / (1 + np.exp(-turn[0])) if rotates else 0 * u
+    angle = np.pi / (1 + np.exp(-4 * turn[0])) if rotates else 0 * u
     h = np.zeros(6, complex)
     rows = []
     for t in range(5):
-        h = np.exp(-np.log1p(np.exp(rate[t])) + 1j * angle[t]) * h + u[t]
+        h = np.exp(-np.log1p(np.exp(4 * rate[t])) + 1j * angle[t]) * h + u[t]
         rows.append(h.real * z[t] / (1 + np.exp(-z[t])))
     expected = np.array(rows) @ out.T + np.asarray(layer.out_proj.bias, np.float64)
     np.testing.assert_allclose(layer(x), expected, rtol=0, atol=2e-6)
