@@ -15,14 +15,14 @@ PARALLEL := -n auto --maxprocesses=8 --dist=worksteal
 .DEFAULT_GOAL := help
 # pip must not run twice at once in the same environment.
 .NOTPARALLEL:
-.PHONY: help demo test test-all test-oldest test-gpu check format notebooks bench tune \
-	docs clean
+.PHONY: help demo test test-all test-oldest test-gpu check format notebooks bench \
+	evidence tune docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo "PY=python3.12 chooses the Python that .venv is made with (now: $(PY));"
-	@echo "ARGS='...' goes to the command that demo, notebooks or bench runs."
+	@echo "ARGS='...' goes to the command that demo, notebooks, bench or evidence runs."
 
 demo: $(STAMPS)/train ## train, resume and sample a small language model
 	@$(BIN)/capibara demo $(ARGS)
@@ -62,6 +62,9 @@ notebooks: $(STAMPS)/notebooks ## execute the notebooks and keep their outputs
 
 bench: $(STAMPS)/peers ## measure, beside the peers, and record under benchmarks/results
 	$(BIN)/python -m benchmarks $(ARGS)
+
+evidence: $(STAMPS)/peers ## train small models on tasks that tell layers apart, record
+	$(BIN)/python -m benchmarks.evidence $(ARGS)
 
 tune: $(STAMPS)/test ## measure the kernels' block sizes here and note the best
 	$(BIN)/python -m benchmarks.tune

@@ -24,6 +24,9 @@ _PACKAGES = (
     "torch",
     "mambapy",
     "transformers",
+    "optax",
+    "scipy",
+    "scikit-learn",
 )
 
 

@@ -12,6 +12,9 @@ from ._environment import commit, device, versions
 
 SCHEMA = 1
 
+# What speed and memory are recorded as.
+KINDS = ("measurement", "bar")
+
 MEASURED = "measured"
 MISSING = "missing"
 LEFT_OUT = "left out"

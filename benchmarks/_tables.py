@@ -20,7 +20,7 @@ def bar_table(bars: Iterable[Record]) -> list[str]:
         wanted = f"{relation} {bar['limit']:.3g} {bar['unit']}".strip()
         verdict = "met" if bar["passed"] else "**missed**"
         rows.append([bar["statement"], wanted, f"{bar['value']:.3g}", verdict])
-    return _table(["claim", "wanted", "measured", ""], "lrrl", rows)
+    return markdown_table(["claim", "wanted", "measured", ""], "lrrl", rows)
 
 
 def tables(measurements: Sequence[Record]) -> list[str]:
@@ -95,7 +95,7 @@ def _length_table(
         own = [cells.get((seq, name)) for name in names]
         rows.append([str(seq), *("" if m is None else _cell(m, text) for m in own)])
     titles = ["tokens", *(f"`{name}`" for name in names)]
-    return _table(titles, "r" * len(titles), rows)
+    return markdown_table(titles, "r" * len(titles), rows)
 
 
 def _cell(measurement: Record, text: Callable[[Record], str]) -> str:
@@ -147,10 +147,13 @@ def _measurement_table(measurements: Sequence[Record], *, by_spec: bool) -> list
     titles += ["temporaries, MiB", "compile, s"]
     titles += ["peak resident, MiB"] if peaks else []
     titles += ["error", "calls"]
-    return _table(titles, "ll" + "r" * (len(titles) - 2), rows)
+    return markdown_table(titles, "ll" + "r" * (len(titles) - 2), rows)
 
 
-def _table(titles: list[str], align: str, rows: list[list[str]]) -> list[str]:
+def markdown_table(
+    titles: Sequence[str], align: str, rows: Sequence[list[str]]
+) -> list[str]:
+    """A table; its columns are left, `"l"`, or right, `"r"`; rows may be short."""
     marks = [{"l": "---", "r": "---:"}[side] for side in align]
     full = [row + [""] * (len(titles) - len(row)) for row in rows]
     return [f"| {' | '.join(row)} |" for row in [titles, marks, *full]] + [""]

@@ -32,7 +32,7 @@ from . import (
 from ._bars import NAMES
 from ._environment import RESULTS, ROOT
 from ._plots import plot_lengths
-from ._records import read_records
+from ._records import KINDS, read_records
 from ._tables import Record, bar_table, exchange_table, length_tables, tables
 
 
@@ -216,6 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     records = read_records(sorted(options.results.glob("*/*.jsonl")))
+    # Beside them lie the records of `benchmarks.evidence`, which has its own page.
+    records = [r for r in records if r["kind"] in KINDS]
     records = [r for r in records if r["quick"] == options.quick]
     page = render(records)
     drawn = draw(records, options.output.parent)

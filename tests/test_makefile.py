@@ -21,6 +21,7 @@ EXTRAS = {
     "format": "dev",
     "notebooks": "notebooks",
     "bench": "peers",
+    "evidence": "peers",
     "docs": "docs",
 }
 
