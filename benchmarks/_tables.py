@@ -82,7 +82,7 @@ def exchange_table(measurements: Sequence[Record]) -> list[str]:
     titles += ["sent by formula, bytes", "sent as compiled, bytes"]
     titles += ["temporaries, MiB", "ms"]
     titles += ["difference", "error"]
-    return _table(titles, "ll" + "r" * (len(titles) - 2), rows)
+    return markdown_table(titles, "ll" + "r" * (len(titles) - 2), rows)
 
 
 def _length_table(
