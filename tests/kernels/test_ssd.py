@@ -1,5 +1,7 @@
 """The state space dual's values, against the NumPy loop."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +23,8 @@ from capibara_eqx.kernels import ssd
 from capibara_eqx.kernels._ssd.specs import TEST_SPECS
 
 
-both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["ssd"])
+each = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["ssd"])
+chunked = pytest.mark.parametrize("implementation", IMPLEMENTATIONS["ssd"][1:])
 
 ODD_SHAPES = [((), 1, 1, 1, 1, 1), ((2, 3), 5, 2, 3, 2, 1)]
 NAMED_SHAPES = [((spec.batch,), *spec[2:]) for spec in TEST_SPECS]
@@ -47,13 +50,13 @@ def check(arguments, implementation, dtype, chunk_size=None):
         )
 
 
-@both
+@each
 @pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
 def test_every_option_in_odd_shapes(shape, dtype, implementation):
     check(ssd_arguments(*shape), implementation, dtype)
 
 
-@both
+@each
 @pytest.mark.parametrize(
     "options", [(), ("coefficient",), ("initial_state",), ("reset",)], ids=str
 )
@@ -63,12 +66,13 @@ def test_each_option_alone(options, implementation):
     )
 
 
+@chunked
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 7, 100])
-def test_chunks_of_any_size(chunk_size):
-    check(ssd_arguments((2,), 7, 4, 2, 2, 3), "xla", "float64", chunk_size)
+def test_chunks_of_any_size(chunk_size, implementation):
+    check(ssd_arguments((2,), 7, 4, 2, 2, 3), implementation, "float64", chunk_size)
 
 
-@both
+@each
 def test_bfloat16_is_computed_in_float32_and_rounded_once(implementation):
     inputs = cast(ssd_arguments((2,), 33, 2, 3, 1, 4), "bfloat16")
     y, final_state = compiled("ssd", implementation, chunk_size=8)(**inputs)
@@ -79,7 +83,7 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(implementation):
     assert_rounded(final_state, want_state, length=37, name="final_state")
 
 
-@both
+@each
 def test_without_jit(implementation):
     inputs = cast(ssd_arguments((1, 1), 3, 2, 2, 1, 2), "float32")
     y, final_state = ssd(**inputs, implementation=implementation)
@@ -88,7 +92,7 @@ def test_without_jit(implementation):
     assert_close(final_state, want_state, dtype=np.float32)
 
 
-@both
+@each
 def test_decays_too_large_for_their_inverse(implementation):
     """The other half of the differences would overflow, and so would its gradient."""
     arguments = ssd_arguments((2,), 7, 2, 2, 1, 3)
@@ -102,7 +106,7 @@ def test_decays_too_large_for_their_inverse(implementation):
 
 
 # Chunks of three tokens: the reset is inside the second.
-@both
+@each
 @pytest.mark.parametrize("name", ["x", "B", "C", "coefficient", "initial_state"])
 def test_a_reset_hides_what_overflowed_before_it(name, implementation):
     arguments = ssd_arguments((2,), 9, 2, 2, 1, 3)
@@ -119,8 +123,9 @@ def test_a_reset_hides_what_overflowed_before_it(name, implementation):
     assert not np.all(np.isfinite(y[0, :4]))
 
 
+@chunked
 @pytest.mark.parametrize("name", ["x", "B", "C", "coefficient", "initial_state"])
-def test_gradients_do_not_pass_what_overflowed(name):
+def test_gradients_do_not_pass_what_overflowed(name, implementation):
     arguments = ssd_arguments((), 9, 2, 2, 1, 3)
     arguments["reset"] = np.arange(9) == 4
     clean = cast(arguments, "float32")
@@ -129,7 +134,8 @@ def test_gradients_do_not_pass_what_overflowed(name):
 
     def gradient(point):
         def loss(point):
-            y, h = compiled("ssd", "xla", chunk_size=3)(**point, reset=reset)
+            run = compiled("ssd", implementation, chunk_size=3)
+            y, h = run(**point, reset=reset)
             return jnp.sum(y[4:] ** 2) + jnp.sum(h**2)
 
         found = jax.grad(loss)(point)
@@ -142,7 +148,7 @@ def test_gradients_do_not_pass_what_overflowed(name):
         np.testing.assert_array_equal(got[part], values, err_msg=part)
 
 
-@both
+@each
 @pytest.mark.parametrize("decay", [-1e5, -np.inf])
 def test_a_decay_to_nothing_forgets_and_takes_no_digits(decay, implementation):
     arguments = ssd_arguments((2,), 7, 2, 2, 1, 3, options=("initial_state",))
@@ -150,7 +156,7 @@ def test_a_decay_to_nothing_forgets_and_takes_no_digits(decay, implementation):
     check(arguments, implementation, "float32")
 
 
-@both
+@each
 def test_vmap_over_batch_is_the_batched_call(implementation):
     inputs = cast(ssd_arguments((3,), 7, 2, 2, 1, 2), "float32")
     run = compiled("ssd", implementation, chunk_size=4)
@@ -196,7 +202,7 @@ def sliced(inputs, start, stop):
     }
 
 
-@both
+@each
 @given(seed=st.integers(0, 2**32 - 1), at=st.integers(1, SEQ - 1))
 def test_a_run_may_be_split_anywhere(implementation, seed, at):
     inputs = cast(ssd_arguments((2,), SEQ, 2, 2, 1, 3, seed=seed), "float32")
@@ -209,14 +215,49 @@ def test_a_run_may_be_split_anywhere(implementation, seed, at):
     assert_close(final, want_state, dtype=np.float32, length=SEQ + 3)
 
 
+@chunked
 @given(
     seed=st.integers(0, 2**32 - 1),
     resets=st.lists(st.booleans(), min_size=2 * SEQ, max_size=2 * SEQ),
     scale=st.floats(0.0, 30.0, width=32),
     chunk_size=st.sampled_from([2, 3, SEQ]),
 )
-def test_any_values_resets_and_chunks(seed, resets, scale, chunk_size):
+def test_any_values_resets_and_chunks(implementation, seed, resets, scale, chunk_size):
     arguments = ssd_arguments((2,), SEQ, 2, 2, 1, 3, seed=seed)
     arguments["reset"] = np.array(resets).reshape(2, SEQ)
     arguments["log_decay"] = arguments["log_decay"] * scale
-    check(arguments, "xla", "float32", chunk_size)
+    check(arguments, implementation, "float32", chunk_size)
+
+
+# More rows and states than registers hold at once, and neither in whole registers.
+WIDE = ssd_arguments((2,), 11, 4, 9, 2, 70, seed=3)
+
+
+@functools.cache
+def wide_gradients(implementation, dtype):
+    """Of the results' products with fixed numbers, by every array."""
+    run = compiled("ssd", implementation, chunk_size=4)
+    with enable_x64(dtype == "float64"):
+        inputs = cast(WIDE, dtype)
+        reset = inputs.pop("reset")
+
+        def loss(point):
+            y, final_state = run(**point, reset=reset)
+            weights = jnp.cos(jnp.arange(y.size, dtype=dtype)).reshape(y.shape)
+            ends = jnp.sin(jnp.arange(final_state.size, dtype=dtype))
+            return jnp.vdot(y, weights) + jnp.vdot(final_state, ends)
+
+        return jax.jit(jax.grad(loss))(inputs)
+
+
+@chunked
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gradients_over_blocks_of_registers(dtype, implementation):
+    found = wide_gradients(implementation, dtype)
+    for name, want in wide_gradients("reference", "float64").items():
+        assert_close(found[name], want, dtype=dtype, length=4 * 9 * 70, name=name)
+
+
+@chunked
+def test_one_token_of_whole_registers_and_a_rest(implementation):
+    check(ssd_arguments((2,), 1, 4, 9, 2, 70), implementation, "float32")

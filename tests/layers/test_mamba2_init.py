@@ -123,7 +123,7 @@ def test_arguments_of_the_kernel_reach_it(name):
         ({"chunk_size": 0}, ("`chunk_size`", "positive", "0")),
         ({"activation": "sillu"}, ("`activation`", "Did you mean 'silu'")),
         ({"implementation": "xlaa"}, ("implementation", "'xlaa'")),
-        ({"implementation": "cpu"}, ("implementation", "'cpu'", "ssd")),
+        ({"implementation": "pallas_tpu"}, ("implementation", "'pallas_tpu'", "ssd")),
     ],
     ids=str,
 )

@@ -22,6 +22,7 @@ from capibara_eqx.kernels import (
     ssd,
 )
 from capibara_eqx.kernels._causal_conv import fused as fused_conv
+from capibara_eqx.kernels._ssd import fused as fused_ssd
 
 
 def fused_kernel() -> str:
@@ -35,7 +36,7 @@ FLOAT32_ONLY = ("pallas_tpu", "pallas_gpu")
 IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
     "selective_scan": ("reference", "xla", "associative", FUSED),
     "linear_recurrence": ("reference", "xla"),
-    "ssd": ("reference", "xla"),
+    "ssd": ("reference", "xla", *{FUSED}.intersection(fused_ssd.NAMES)),
     "causal_conv": ("reference", "xla"),
     # Every channel by itself, which more kernels can.
     "depthwise_conv": ("reference", "xla", *{FUSED}.intersection(fused_conv.NAMES)),

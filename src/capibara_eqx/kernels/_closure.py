@@ -44,12 +44,12 @@ class Backend(NamedTuple):
 class Operation:
     """What the rules have to know.
 
-    Operands are named tuples of arrays and `None`. Their first array is `(rows, ., .)`,
-    arrays that are not differentiated come last, and the fields called `weights` have
-    one entry for each of `groups` equal runs of rows, all others one a row. `static` is
-    what else the operation depends on, hashable.
+    Operands are named tuples of arrays and `None`. Their first array is `(rows, ., .)`
+    or has more axes, arrays that are not differentiated come last, and the fields
+    called `weights` have one entry for each of `groups` equal runs of rows, all others
+    one a row. `static` is what else the operation depends on, hashable.
 
-    - `results(operands, static)`: shapes and dtypes of the results, three axes each.
+    - `results(operands, static)`: shapes and dtypes of the results, three axes or more.
     - `saved(operands, static)`: of what a kernel keeps to go backward, or `None`.
     - `plain(operands, static)`: the results in XLA, differentiable at every order.
     - `backend(platform, operands, static)`: the kernel to run on a platform (`None`

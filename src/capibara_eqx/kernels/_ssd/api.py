@@ -6,10 +6,15 @@ from jaxtyping import Array, Bool, Float
 from ...internal import check_size
 from .._checks import check_shape
 from .._dispatch import dispatch
-from . import reference, xla
+from . import fused, reference, xla
 
 
-BACKENDS = {"xla": xla.ssd, "reference": reference.ssd}
+BACKENDS = {
+    **{name: fused.implementation(name) for name in fused.NAMES},
+    "xla": xla.ssd,
+    "reference": reference.ssd,
+}
+_DEFAULT = {"fused": fused.implementation(None), "xla": xla.ssd}
 
 
 def ssd(
@@ -36,9 +41,9 @@ def ssd(
 
     Mamba-2 has $a = \Delta A$ and $c = \Delta$. The coefficient is free, so that other
     rules are sums of calls: Mamba-3's trapezoid $h_t = e^{a_t} h_{t-1} + \beta_t
-    x_{t-1} B_{t-1}^\top + \gamma_t x_t B_t^\top$ is two. Within chunks of tokens the
-    recurrence is a masked product, as attention is, and a state passes from chunk to
-    chunk. Dao and Gu, *Transformers are SSMs*, arXiv 2405.21060.
+    x_{t-1} B_{t-1}^\top + \gamma_t x_t B_t^\top$ is two. In XLA the recurrence within a
+    chunk of tokens is a masked product, as attention is, and a state passes from chunk
+    to chunk. Dao and Gu, *Transformers are SSMs*, arXiv 2405.21060.
 
     Differentiable any number of times, forward and reverse, in every array argument,
     through `y` and `final_state`; works under `jit`, `vmap`, `checkpoint` and inside
@@ -59,8 +64,9 @@ def ssd(
     - `reset`: where the state is zeroed before the token is read, `(*batch, seq)`.
     - `chunk_size`: tokens that are multiplied together; it changes speed and memory,
         not the result. By default what measured fastest.
-    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
-        which the first that can is used.
+    - `implementation`: `"cpu"`, `"xla"`, `"reference"`, or a sequence of names of which
+        the first that can is used. By default the C++ kernel on a CPU, which runs the
+        recurrence with the state in registers, and XLA's products elsewhere.
 
     **Returns:**
 
@@ -112,4 +118,5 @@ def ssd(
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
     operands = (x, log_decay, B, C, coefficient, initial_state, reset)
-    return dispatch(name, BACKENDS, implementation, *operands, chunk_size)
+    operands = (*operands, chunk_size)
+    return dispatch(name, BACKENDS, implementation, *operands, default=_DEFAULT)
