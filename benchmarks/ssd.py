@@ -1,8 +1,9 @@
 """The state space dual of Mamba-2, forward and with the gradients of all five inputs.
 
-`xla` and `reference` are the library's; `xla_32` to `xla_256` are the first in chunks
-of so many tokens instead of its own 64. `transformers_scan` runs on PyTorch in chunks
-of 256, its default, and `transformers_scan_64` in chunks of 64.
+`cpu` (the default on a CPU), `xla` and `reference` are the library's; `xla_32` to
+`xla_256` are the second in chunks of so many tokens instead of its own 64.
+`transformers_scan` runs on PyTorch in chunks of 256, its default, and
+`transformers_scan_64` in chunks of 64.
 """
 
 from collections.abc import Callable, Iterator
@@ -66,12 +67,10 @@ def library_scan(**options: Any) -> Callable[..., Any]:
 
 
 def _ours(inputs, dy):
-    scans = {
-        "xla": library_scan(),
-        "reference": library_scan(implementation="reference"),
-    }
+    names = ("cpu", "xla", "reference")
+    scans = {name: library_scan(implementation=name) for name in names}
     for size in (32, 128, 256):
-        scans[f"xla_{size}"] = library_scan(chunk_size=size)
+        scans[f"xla_{size}"] = library_scan(chunk_size=size, implementation="xla")
     arrays = [jnp.asarray(x) for x in inputs]
     for name, scan in scans.items():
         yield Contender(name, partial(compiled, scan, *arrays, cotangent=dy))
