@@ -19,6 +19,7 @@ from ._operands import Operands, saved_shape, state_shape
 _FORWARD = "capibara_ssd_forward"
 _BACKWARD = "capibara_ssd_backward"
 _SOURCE = Path(__file__).with_name("cpu.cc")
+_INITIAL_STATE = Operands._fields.index("initial_state")
 
 # The sums for B and C are kept apart for so many parts of the heads, so that as many
 # threads can work at them; more parts are more memory and a longer sum.
@@ -51,7 +52,13 @@ def forward(
     saved = saved_shape(operands, chunk) if save else (0,)
     shapes = [operands.x.shape, state_shape(operands), saved]
     dtype = operands.log_decay.dtype
-    call = jax.ffi.ffi_call(_FORWARD, [jax.ShapeDtypeStruct(s, dtype) for s in shapes])
+    in_place = operands.x.shape[1] == 1 and operands.initial_state is not None
+    call = jax.ffi.ffi_call(
+        _FORWARD,
+        [jax.ShapeDtypeStruct(s, dtype) for s in shapes],
+        # In a loop that decodes the state then stays where it is.
+        input_output_aliases={_INITIAL_STATE: 1} if in_place else None,
+    )
     y, final_state, saved = call(*_dense(operands), chunk=chunk)
     return y.astype(operands.x.dtype), final_state, saved if save else None
 

@@ -129,17 +129,23 @@ void step_head(const Dual<T>& dual, int64_t row, int64_t head,
   const int64_t maps = (row * dual.n_groups + dual.group(head)) * dual.d_state;
   const V decay = all<T>(std::exp(dual.log_decay[index]));
   const T factor = coefficient(dual, row, head, 0);
-  for (int64_t p = 0; p < dual.head_dim; ++p) {
-    const V x = all<T>(factor * dual.x[index * dual.head_dim + p]);
-    V out{};
-    for (int64_t n = 0; n < dual.d_state; n += kLanes<T>) {
-      const int64_t count = dual.d_state - n;
-      V h = x * load_some(dual.B + maps + n, count);
-      if (before != nullptr) h += decay * load_some(before + p * dual.d_state + n, count);
-      store_some(after + p * dual.d_state + n, h, count);
-      out += h * load_some(dual.C + maps + n, count);
+  for (int64_t first = 0; first < dual.head_dim; first += kLanes<T>) {
+    const int64_t some = std::min<int64_t>(kLanes<T>, dual.head_dim - first);
+    V out[kLanes<T>] = {};
+    for (int64_t p = 0; p < some; ++p) {
+      const V x = all<T>(factor * dual.x[index * dual.head_dim + first + p]);
+      const int64_t at = (first + p) * dual.d_state;
+      V total{};
+      for (int64_t n = 0; n < dual.d_state; n += kLanes<T>) {
+        const int64_t count = dual.d_state - n;
+        V h = x * load_some(dual.B + maps + n, count);
+        if (before != nullptr) h += decay * load_some(before + at + n, count);
+        store_some(after + at + n, h, count);
+        total += h * load_some(dual.C + maps + n, count);
+      }
+      out[p] = total;
     }
-    results.y[index * dual.head_dim + p] = sum<T>(out);
+    store_some(results.y + index * dual.head_dim + first, sums<T>(out), some);
   }
 }
 
