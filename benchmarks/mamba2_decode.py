@@ -1,6 +1,6 @@
 """Tokens through a Mamba-2 layer one by one, beside the dense products it must do.
 
-`mamba2_step` is the layer's `step` in a loop of 16 tokens, as `generate` runs it: one
+`mamba2_step` is the layer's `step` in a loop of 64 tokens, as `generate` runs it: one
 program, the cache handed on. `layer_products` are the layer's two matrices, each times
 its own vector a row of the batch, in the same loop. `transformers_mixer` is the layer
 of transformers on PyTorch, one token a call. All are times of one token; 128 states,
@@ -25,7 +25,8 @@ from ._records import Measurement
 
 OPERATION = "mamba2_step"
 
-_TOKENS = 16
+# So many that the copy of the state into the loop, once, is a small share.
+_TOKENS = 64
 
 
 def measure(settings: Settings) -> Iterator[Measurement]:

@@ -45,7 +45,9 @@ void forward(ffi::ThreadPool& pool, const Inputs& inputs,
   const Dual<T> dual = inputs.dual<T>();
   const bool one_token = dual.seq == 1 && results.saved == nullptr;
   const auto run = one_token ? step_head<T> : forward_head<T>;
-  run_tasks(pool, dual.rows * dual.n_heads, work(dual), [&](int64_t task) {
+  // One token is as long as its state takes to come from memory, not to compute.
+  const int64_t units = (one_token ? 4 : 1) * work(dual);
+  run_tasks(pool, dual.rows * dual.n_heads, units, [&](int64_t task) {
     run(dual, task / dual.n_heads, task % dual.n_heads, results);
   });
 }

@@ -117,36 +117,63 @@ void forward_head(const Dual<T>& dual, int64_t row, int64_t head,
   write_state(dual, at.state, results.final_state + index * size);
 }
 
-// One token, for decoding: the state is read and written where it lies, once.
-template <typename T>
-void step_head(const Dual<T>& dual, int64_t row, int64_t head,
-               const ForwardResults<T>& results) {
+// One token through some rows of a head's state, which may be written where it is read;
+// `out` gets the products with C. `kWhole`: the columns are whole registers.
+template <typename T, int kCount, bool kWhole>
+void step_rows(int64_t d_state, T decay, const T* x, const T* B, const T* C,
+               const T* before, T* after, Lanes<T>* out) {
   using V = Lanes<T>;
+  V total[kCount] = {};
+  for (int64_t n = 0; n < d_state; n += kLanes<T>) {
+    const int64_t count = kWhole ? kLanes<T> : d_state - n;
+    const V b = load_some(B + n, count), c = load_some(C + n, count);
+#pragma GCC unroll 4
+    for (int p = 0; p < kCount; ++p) {
+      V h = all<T>(x[p]) * b;
+      if (before != nullptr) h += decay * load_some(before + p * d_state + n, count);
+      store_some(after + p * d_state + n, h, count);
+      total[p] += h * c;
+    }
+  }
+  for (int p = 0; p < kCount; ++p) out[p] = total[p];
+}
+
+// One token, for decoding: the state is read and written once.
+template <typename T, bool kWhole>
+void step_in_registers(const Dual<T>& dual, int64_t row, int64_t head,
+                       const ForwardResults<T>& results) {
   const int64_t index = row * dual.n_heads + head, size = dual.state_size();
   const bool fresh = dual.initial_state == nullptr || dual.is_reset(row, 0);
-  const T* before = fresh ? nullptr : dual.initial_state + index * size;
-  T* after = results.final_state + index * size;
+  const T* const before = fresh ? nullptr : dual.initial_state + index * size;
+  T* const after = results.final_state + index * size;
   const int64_t maps = (row * dual.n_groups + dual.group(head)) * dual.d_state;
-  const V decay = all<T>(std::exp(dual.log_decay[index]));
+  const T decay = std::exp(dual.log_decay[index]);
   const T factor = coefficient(dual, row, head, 0);
   for (int64_t first = 0; first < dual.head_dim; first += kLanes<T>) {
     const int64_t some = std::min<int64_t>(kLanes<T>, dual.head_dim - first);
-    V out[kLanes<T>] = {};
+    T x[kLanes<T>];
+    Lanes<T> out[kLanes<T>] = {};
     for (int64_t p = 0; p < some; ++p) {
-      const V x = all<T>(factor * dual.x[index * dual.head_dim + first + p]);
-      const int64_t at = (first + p) * dual.d_state;
-      V total{};
-      for (int64_t n = 0; n < dual.d_state; n += kLanes<T>) {
-        const int64_t count = dual.d_state - n;
-        V h = x * load_some(dual.B + maps + n, count);
-        if (before != nullptr) h += decay * load_some(before + at + n, count);
-        store_some(after + at + n, h, count);
-        total += h * load_some(dual.C + maps + n, count);
-      }
-      out[p] = total;
+      x[p] = factor * dual.x[index * dual.head_dim + first + p];
     }
+    const auto run = [&](auto step, int64_t p) {
+      const int64_t at = (first + p) * dual.d_state;
+      step(dual.d_state, decay, x + p, dual.B + maps, dual.C + maps,
+           before == nullptr ? nullptr : before + at, after + at, out + p);
+    };
+    int64_t p = 0;
+    for (; p + kRows <= some; p += kRows) run(step_rows<T, kRows, kWhole>, p);
+    for (; p < some; ++p) run(step_rows<T, 1, kWhole>, p);
     store_some(results.y + index * dual.head_dim + first, sums<T>(out), some);
   }
+}
+
+template <typename T>
+void step_head(const Dual<T>& dual, int64_t row, int64_t head,
+               const ForwardResults<T>& results) {
+  const bool whole = dual.d_state % kLanes<T> == 0;
+  const auto run = whole ? step_in_registers<T, true> : step_in_registers<T, false>;
+  run(dual, row, head, results);
 }
 
 }  // namespace capibara
