@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from ...internal import accumulator_dtype
 from .._native import Unavailable, handlers
+from .._parts import sum_of_parts
 from ._operands import Operands
 
 
@@ -68,7 +69,7 @@ def backward(
     dx, dweights, dhistory = call(
         *_dense(operands, dtype), dy.astype(dtype), dilation=dilation, silu=silu
     )
-    dweights = jnp.sum(dweights, axis=1)
+    dweights = sum_of_parts(dweights)
     return Operands(
         dx.astype(x.dtype),
         dweights[:, :width].swapaxes(1, 2).astype(weight.dtype),

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._native import Unavailable, handlers
+from .._parts import sum_of_parts
 from ._operands import Operands, saved_shape
 from ._tuning import Sizes
 
@@ -91,8 +92,8 @@ def backward(
         du.astype(operands.u.dtype),
         ddelta.astype(operands.delta.dtype),
         dA,
-        jnp.sum(dB, axis=1).astype(operands.B.dtype),
-        jnp.sum(dC, axis=1).astype(operands.C.dtype),
+        sum_of_parts(dB).astype(operands.B.dtype),
+        sum_of_parts(dC).astype(operands.C.dtype),
         *(None if x is None else dx.astype(x.dtype) for dx, x in present),
         reset=None,
     )

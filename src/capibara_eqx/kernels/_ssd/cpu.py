@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._native import Unavailable, handlers
+from .._parts import sum_of_parts
 from ._operands import Operands, saved_shape, state_shape
 
 
@@ -89,8 +90,8 @@ def backward(
     return Operands(
         dx.astype(operands.x.dtype),
         dlog_decay,
-        jnp.sum(dB, axis=1).astype(operands.B.dtype),
-        jnp.sum(dC, axis=1).astype(operands.C.dtype),
+        sum_of_parts(dB).astype(operands.B.dtype),
+        sum_of_parts(dC).astype(operands.C.dtype),
         *(None if x is None else dx for dx, x in present),
         reset=None,
     )
