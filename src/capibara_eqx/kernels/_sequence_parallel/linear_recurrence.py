@@ -90,7 +90,11 @@ def sharded_linear_recurrence(
         if fresh is not None:
             # Not a factor of zero, which may meet one that has overflowed.
             decays = jnp.where(fresh[..., None, None], jnp.ones_like(decays), decays)
-        decay = jnp.prod(decays, axis=-2)
+        # The product is a recurrence of nothing from one: the gradient of `jnp.prod` is
+        # as many products again for each halving of the length.
+        _, decay = plain(
+            decays, jnp.zeros_like(decays), initial_state=jnp.ones_like(zero)
+        )
         start = rows["initial_state"].astype(dtype) if rows else zero
         start = shards.entering(_advance, start, (decay, end, fresh), reverse=reverse)
         h, state = plain(**streams, initial_state=start)
