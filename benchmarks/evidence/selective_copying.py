@@ -38,7 +38,7 @@ _NOISE = 0
 
 @dataclass(frozen=True)
 class Settings:
-    seq: int = 64
+    seq: int = 128
     data_tokens: int = 16
     vocab_size: int = 16
     d_model: int = 64
