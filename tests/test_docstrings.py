@@ -33,6 +33,7 @@ RESULTS = (
     "LinearSSMCache",
     "KVCache",
     "Mamba2Cache",
+    "Mamba3Cache",
     "MambaMetrics",
     "MambaOutput",
     "MambaCache",
@@ -80,7 +81,7 @@ def surroundings() -> dict[str, Any]:
 
 
 # Run as they stand, so that every operation is compiled by itself.
-LONG = ("LinearSSM", "Mamba2", "S4", "S5", "UltraSSM", "validate_ssm_system")
+LONG = ("LinearSSM", "Mamba2", "Mamba3", "S4", "S5", "UltraSSM", "validate_ssm_system")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from typing import Any
 
 from support.layer_case import Case
 
-from capibara_eqx.layers import S4, S4D, S5, LinearSSM, Mamba2
+from capibara_eqx.layers import S4, S4D, S5, LinearSSM, Mamba2, Mamba3
 
 
 # An exponential of a matrix takes long to compile: it is left to the slow tests.
@@ -45,6 +45,7 @@ STATE_SPACES = (
     Case("linear_ssm", _linear_ssm, 3, 40),
     Case("s5", _s5, 3, 40),
     Case("s4d", partial(S4D, 3, 4, **_STATE_SPACE), 3, 60),
+    Case("mamba3", partial(Mamba3, 3, 4, head_dim=3, chunk_size=3), 3, 60),
     Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
     Case(
         "s4",
@@ -83,6 +84,13 @@ STATE_SPACES = (
         partial(S4, 2, 2, dt_min=0.1, mode="recurrent"),
         2,
         60,
+        slow=True,
+    ),
+    Case(
+        "mamba3_norm",
+        partial(Mamba3, 4, 5, 2, 2, 2, 1.0, output_norm=True, implementation="xla"),
+        width=4,
+        terms=60,
         slow=True,
     ),
     Case(

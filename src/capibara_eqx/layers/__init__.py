@@ -31,6 +31,8 @@ from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
 from ._mamba2 import Mamba2 as Mamba2
 from ._mamba2 import Mamba2Cache as Mamba2Cache
+from ._mamba3 import Mamba3 as Mamba3
+from ._mamba3 import Mamba3Cache as Mamba3Cache
 from ._mamba_module import MambaConfig as MambaConfig
 from ._mamba_module import MambaMetrics as MambaMetrics
 from ._mamba_module import MambaModule as MambaModule

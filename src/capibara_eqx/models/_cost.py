@@ -24,6 +24,7 @@ from ..layers import (
     LinearSSM,
     Mamba,
     Mamba2,
+    Mamba3,
     MoE,
     PatchEmbedding,
     RMSNorm,
@@ -55,15 +56,16 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
-    Mamba-2 as five a state, since its decays are one a head; the recurrence of S4D as
-    seven a real state and four a channel, that of S4 as 12 and 8 a rank, that of S5 as
-    four (a product of complex numbers is six), `LinearSSM` as its products, all without
-    what is done once a call; norms as four a channel. Of a mixture of experts the
-    router, the shared expert and the `top_k` experts that a token takes are counted,
-    though all have parameters and some implementations compute all; attention as its
-    four or more maps, two products a score and five operations for its softmax, with
-    `max_len` tokens in view, or as many as its window. Forward, one token.
+    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, those of
+    Mamba-2 and Mamba-3 as five a state, since their decays are one a head, with turns
+    of 18 a head and angle; the recurrence of S4D as seven a real state and four a
+    channel, that of S4 as 12 and 8 a rank, that of S5 as four (a product of complex
+    numbers is six), `LinearSSM` as its products, all without what is done once a call;
+    norms as four a channel. Of a mixture of experts the router, the shared expert and
+    the `top_k` experts that a token takes are counted, though all have parameters and
+    some implementations compute all; attention as its four or more maps, two products a
+    score and five operations for its softmax, with `max_len` tokens in view, or as many
+    as its window. Forward, one token.
 
     **Arguments:**
 
@@ -162,6 +164,16 @@ def _mamba2(layer: Mamba2) -> int:
     return maps + scan + _flops(layer.norm, None)
 
 
+def _mamba3(layer: Mamba3) -> int:
+    maps = _linear(layer.in_proj) + _linear(layer.out_proj)
+    scan = 5 * layer.d_inner * layer.d_state + 6 * layer.d_inner
+    norms = 2 * layer.n_groups * _flops(layer.B_norm, None)
+    gate = 0 if layer.norm is None else _flops(layer.norm, None)
+    # A product of complex numbers is six: of the turn, and of a pair of B and of C.
+    turns = layer.n_heads * (18 * layer.angles + 4 * layer.d_state)
+    return maps + scan + norms + gate + turns
+
+
 def _linear_ssm(layer: LinearSSM) -> int:
     matrices = (layer.A, layer.B, layer.C, layer.D)
     residual = 0 if layer.residual_proj is None else _linear(layer.residual_proj)
@@ -223,6 +235,7 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     LinearSSM: _linear_ssm,
     Mamba: _mamba,
     Mamba2: _mamba2,
+    Mamba3: _mamba3,
     S4: _state_space,
     S4D: _state_space,
     S5: _s5,
