@@ -1,6 +1,6 @@
 """The C++ scan in a program of its own, under the compiler's sanitizers.
 
-`native/driver.cc` compares every result and every cotangent with plain loops, so one
+`native/scan_driver.cc` compares every result and every cotangent with plain loops, so one
 run says both that the numbers are right and that nothing undefined made them.
 """
 
@@ -15,7 +15,7 @@ from capibara_eqx.kernels import _selective_scan
 from capibara_eqx.kernels._native._compiler import HEADERS, find_compiler
 
 
-DRIVER = Path(__file__).with_name("native") / "driver.cc"
+DRIVER = Path(__file__).with_name("native") / "scan_driver.cc"
 FLAGS = (
     "-std=c++17",
     "-O1",
