@@ -31,8 +31,10 @@ struct Dual {
   int64_t group(int64_t head) const { return head / (n_heads / n_groups); }
   // Up to whole blocks, zero beyond the real ones.
   int64_t padded_rows() const { return (head_dim + kRows - 1) / kRows * kRows; }
+  // One block at least: the first one writes y, also where there are no states.
   int64_t padded_columns() const {
-    return (d_state + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
+    const int64_t blocks = (d_state + kBlock<T> - 1) / kBlock<T>;
+    return std::max<int64_t>(blocks, 1) * kBlock<T>;
   }
   int64_t padded_state() const { return padded_rows() * padded_columns(); }
   bool is_reset(int64_t row, int64_t token) const {
