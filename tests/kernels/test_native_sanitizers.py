@@ -1,21 +1,23 @@
-"""The C++ scan in a program of its own, under the compiler's sanitizers.
+"""The C++ scan and dual in programs of their own, under the compiler's sanitizers.
 
-`native/driver.cc` compares every result and every cotangent with plain loops, so one
+`native/*_driver.cc` compare every result and every cotangent with plain loops, so one
 run says both that the numbers are right and that nothing undefined made them.
 """
 
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.processes import run
 
-from capibara_eqx.kernels import _selective_scan
+from capibara_eqx.kernels import _selective_scan, _ssd
 from capibara_eqx.kernels._native._compiler import HEADERS, find_compiler
 
 
-DRIVER = Path(__file__).with_name("native") / "driver.cc"
+SOURCES = Path(__file__).with_name("native")
 FLAGS = (
     "-std=c++17",
     "-O1",
@@ -28,15 +30,33 @@ FLAGS = (
     "-pthread",
 )
 
-pytestmark = pytest.mark.slow
+
+class Driver(NamedTuple):
+    """A program, where its kernel lies, and what it says of a wrong number."""
+
+    source: str
+    kernel: Sequence[str]
+    spoiled: str
 
 
-def build(folder, *flags):
+DRIVERS = {
+    "scan": Driver("scan_driver.cc", _selective_scan.__path__, "dA: off by 1.00e-02"),
+    "dual": Driver("dual_driver.cc", _ssd.__path__, "dlog_decay: off by 1.00e-02"),
+}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("driver", DRIVERS.values(), ids=DRIVERS),
+]
+
+
+def build(driver, folder, *flags):
     compiler = find_compiler()
     assert compiler is not None, "these tests need a C++ compiler"
     program = folder / "driver"
-    includes = [f"-I{path}" for path in (HEADERS, *_selective_scan.__path__)]
-    done = run(*compiler.command, *FLAGS, *flags, *includes, DRIVER, "-o", program)
+    includes = [f"-I{path}" for path in (HEADERS, *driver.kernel)]
+    source = SOURCES / driver.source
+    done = run(*compiler.command, *FLAGS, *flags, *includes, source, "-o", program)
     assert done.returncode == 0, done.stdout
     return program
 
@@ -61,21 +81,23 @@ def assert_notices(program, wish, message):
     assert message in done.stdout
 
 
-def test_addresses_and_undefined_behaviour(tmp_path):
+def test_addresses_and_undefined_behaviour(driver, tmp_path):
     flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-    program = build(tmp_path, "-march=native", *flags)
+    program = build(driver, tmp_path, "-march=native", *flags)
     assert_sound(program)
     assert_notices(program, "overrun", "heap-buffer-overflow")
-    assert_notices(program, "spoil", "dA: off by 1.00e-02")
+    assert_notices(program, "spoil", driver.spoiled)
 
 
-def test_threads(tmp_path):
-    program = build(tmp_path, "-march=native", "-fsanitize=thread")
+def test_threads(driver, tmp_path):
+    program = build(driver, tmp_path, "-march=native", "-fsanitize=thread")
     assert_sound(program)
     assert_notices(program, "race", "data race")
 
 
-def test_the_smallest_registers(tmp_path):
+def test_the_smallest_registers(driver, tmp_path):
     """Without what this processor has beyond the least of its kind."""
-    program = build(tmp_path, "-fsanitize=undefined", "-fno-sanitize-recover=all")
+    program = build(
+        driver, tmp_path, "-fsanitize=undefined", "-fno-sanitize-recover=all"
+    )
     assert_sound(program)

@@ -233,12 +233,11 @@ def test_any_values_resets_and_chunks(implementation, seed, resets, scale, chunk
 WIDE = ssd_arguments((2,), 11, 4, 9, 2, 70, seed=3)
 
 
-@functools.cache
-def wide_gradients(implementation, dtype):
+def gradients(arguments, implementation, dtype):
     """Of the results' products with fixed numbers, by every array."""
     run = compiled("ssd", implementation, chunk_size=4)
     with enable_x64(dtype == "float64"):
-        inputs = cast(WIDE, dtype)
+        inputs = cast(arguments, dtype)
         reset = inputs.pop("reset")
 
         def loss(point):
@@ -248,6 +247,11 @@ def wide_gradients(implementation, dtype):
             return jnp.vdot(y, weights) + jnp.vdot(final_state, ends)
 
         return jax.jit(jax.grad(loss))(inputs)
+
+
+@functools.cache
+def wide_gradients(implementation, dtype):
+    return gradients(WIDE, implementation, dtype)
 
 
 @chunked
@@ -261,3 +265,26 @@ def test_gradients_over_blocks_of_registers(dtype, implementation):
 @chunked
 def test_one_token_of_whole_registers_and_a_rest(implementation):
     check(ssd_arguments((2,), 1, 4, 9, 2, 70), implementation, "float32")
+
+
+SIZES = {
+    "no rows": ((0,), 5, 4, 3, 2, 4),
+    "no rows, one token": ((2, 0), 1, 4, 3, 2, 4),
+    "no heads": ((2,), 5, 0, 3, 2, 4),
+    "no channels": ((2,), 5, 4, 0, 2, 4),
+    "no channels, one token": ((2,), 1, 4, 0, 2, 4),
+    "no states": ((2,), 5, 4, 3, 2, 0),
+    "no states, one token": ((2,), 1, 4, 3, 2, 0),
+    "nothing": ((0,), 1, 0, 0, 1, 0),
+}
+
+
+# `None`: the default serves them too.
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS["ssd"], None])
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_of_zero(size, implementation):
+    arguments = ssd_arguments(*SIZES[size])
+    check(arguments, implementation, "float32", chunk_size=4)
+    # The results are empty or zero, whatever the arguments.
+    for name, values in gradients(arguments, implementation, "float32").items():
+        np.testing.assert_array_equal(values, np.zeros(arguments[name].shape), name)

@@ -75,7 +75,8 @@ def backward(
     dtype = operands.log_decay.dtype
     rows, seq, n_heads, _ = operands.x.shape
     heads = (rows, seq, n_heads)
-    sums = (rows, min(_PARTS, n_heads), *operands.B.shape[1:])
+    parts = max(1, min(_PARTS, n_heads))
+    sums = (rows, parts, *operands.B.shape[1:])
     shapes = [operands.x.shape, heads, sums, sums, heads, state_shape(operands)]
     results = [
         jax.ShapeDtypeStruct((0,) if operand is None else shape, dtype)

@@ -1,32 +1,35 @@
-// The dual backward over the tokens of one head of one row: chunk by chunk from the last
-// to the first, the states of a chunk are computed again from the one that entered it.
+// The dual backward over the tokens of one head of one row, chunk by chunk from the last
+// to the first. The states of a chunk are computed again from the saved one that entered
+// it.
 #pragma once
 
 #include "cpu_heads.h"
 
 namespace capibara {
 
+// Of the results, and the states that `ForwardResults` has saved.
 template <typename T>
 struct Cotangents {
   const T *saved, *y, *final_state;
 };
 
-// `B` and `C` are the sums over the heads of one part, (rows, parts, seq, n_groups,
-// d_state); absent ones are null.
+// `B` and `C` are summed over the heads of each part: (rows, parts, seq, n_groups,
+// d_state). What is absent is null.
 template <typename T>
 struct BackwardResults {
   int64_t parts;
   T *x, *log_decay, *coefficient, *B, *C, *initial_state;
 };
 
-// What is read and written of a run of tokens, from its first token on.
+// What is read and written at the tokens of a run, from its first on, in one block.
+// `entering` is x times the coefficient, `dx` its cotangent.
 template <typename T>
 struct Run {
   const T *decays, *entering, *dy;
   const T *B, *C;
   int64_t stride_B, stride_C;
   T *dB, *dC;
-  int64_t stride;  // of the sums
+  int64_t stride;  // of dB and dC
   Lanes<T>*dx, *ddecay;
 };
 
@@ -47,7 +50,9 @@ void refill(int64_t count, const Run<T>& run, const T* state, int64_t columns,
     V* after = states + (t + 1) * kRows * kColumns;
     const V decay = all<T>(run.decays[t]);
     V b[kColumns];
-    for (int k = 0; k < kColumns; ++k) b[k] = load(run.B + t * run.stride_B + k * kLanes<T>);
+    for (int k = 0; k < kColumns; ++k) {
+      b[k] = load(run.B + t * run.stride_B + k * kLanes<T>);
+    }
 #pragma GCC unroll 4
     for (int p = 0; p < kRows; ++p) {
       const V x = all<T>(run.entering[t * kRows + p]);
@@ -60,10 +65,11 @@ void refill(int64_t count, const Run<T>& run, const T* state, int64_t columns,
   }
 }
 
-// Walk back through a run. With l_t the cotangent of the state after token t,
-//   l_t = dy_t C_t^T + a_(t+1) l_(t+1),  dB_t += x_t l_t,  dC_t += dy_t h_t,
-//   dx_t = l_t B_t,  da_t = <l_t, h_(t-1)>.
-// `carry` is a_(t+1) l_(t+1) of the token behind, and then of the first one.
+// Walk back through a run. With l_t the cotangent of the state after token t, d_t = e^a_t
+// and x_t what enters,
+//   l_t = dy_t C_t^T + d_(t+1) l_(t+1),  dB_t += l_t^T x_t,  dC_t += h_t^T dy_t,
+//   dx_t += l_t B_t,  dd_t += <l_t, h_(t-1)>.
+// `carry` is d l of the token after the run; it becomes that of the first token in it.
 template <typename T>
 void walk_back(int64_t count, const Run<T>& run, const Lanes<T>* states, T* carry,
                int64_t columns) {
@@ -107,17 +113,18 @@ void walk_back(int64_t count, const Run<T>& run, const Lanes<T>* states, T* carr
 
 template <typename T>
 struct BackwardScratch {
-  T *state, *carry, *nothing, *decays, *x, *entering, *dy, *sums, *through, *B, *C, *dB, *dC;
+  T *state, *carry, *nothing;
+  T *decays, *through, *x, *entering, *dy, *sums;
+  T *B, *C, *dB, *dC;
   Lanes<T> *states, *dx, *ddecay;
 
   static size_t tokens(const Dual<T>& dual) { return dual.chunk + kLanes<T>; }
 
   static size_t bytes(const Dual<T>& dual) {
-    const size_t count = tokens(dual);
-    return (2 * dual.padded_state() + kRows * dual.padded_columns() +
-            count * (2 + 4 * kRows)) * sizeof(T) +
-           4 * Maps<T>::bytes(dual) +
-           (count + 1) * (kRows * kColumns + kRows + 1) * sizeof(Lanes<T>) + 16 * 64;
+    const size_t count = tokens(dual), maps = 4 * Maps<T>::size(dual);
+    const size_t states = 2 * dual.padded_state() + kRows * dual.padded_columns();
+    return (states + maps + (2 + 4 * kRows) * count) * sizeof(T) +
+           ((count + 1) * kRows * kColumns + count * (kRows + 1)) * sizeof(Lanes<T>);
   }
 
   BackwardScratch(const Dual<T>& dual, Scratch& scratch) {
@@ -126,7 +133,7 @@ struct BackwardScratch {
     dx = scratch.take<Lanes<T>>(count * kRows);
     ddecay = scratch.take<Lanes<T>>(count);
     for (T** maps : {&B, &C, &dB, &dC}) {
-      *maps = scratch.take<T>(Maps<T>::bytes(dual) / sizeof(T));
+      *maps = scratch.take<T>(Maps<T>::size(dual));
     }
     for (T** whole : {&state, &carry}) *whole = scratch.take<T>(dual.padded_state());
     nothing = scratch.take<T>(kRows * dual.padded_columns());
@@ -143,8 +150,8 @@ struct Place {
   int64_t row, head, token, count;
 };
 
-// Some rows of a head through one chunk, one block of columns: a reset parts the chunk
-// into runs, which start from nothing and hand nothing back.
+// One block of a head's state through one chunk. Resets part the chunk into runs: one
+// that begins with a reset starts from nothing and hands nothing back.
 template <typename T>
 void backward_block(const Place<T>& place, int64_t first, int64_t n, const Maps<T>& B,
                     const Maps<T>& C, const BackwardScratch<T>& at) {
@@ -174,7 +181,8 @@ void backward_block(const Place<T>& place, int64_t first, int64_t n, const Maps<
   }
 }
 
-// Cotangents of some rows of x, and their part of that of the coefficient.
+// The cotangents of some channels of x, and `through`, what they add to that of the
+// coefficient.
 template <typename T>
 void finish_rows(const Place<T>& place, int64_t first, const BackwardScratch<T>& at,
                  const BackwardResults<T>& results) {
@@ -190,7 +198,7 @@ void finish_rows(const Place<T>& place, int64_t first, const BackwardScratch<T>&
   write_rows(dual, at.sums, row, head, token, count, first, results.x);
 }
 
-// Add the sums of a head to those of its part.
+// Add dB or dC of a head to that of its part.
 template <typename T>
 void add_maps(const Place<T>& place, const T* from, T* part) {
   const auto& [dual, row, head, token, count] = place;

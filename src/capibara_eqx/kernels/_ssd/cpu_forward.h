@@ -10,8 +10,8 @@ struct ForwardResults {
   T *y, *final_state, *saved;  // `saved` may be null
 };
 
-// Tokens of a run through one block of the state; `y` gets the products with C, added to
-// what the blocks before have left there.
+// The tokens of a run through one block of the state. `y` gets the products with C, added
+// to what the blocks before have left there: to nothing if it is the first.
 template <typename T, bool kFirst>
 void advance(int64_t count, const T* decays, const T* entering, const T* B, const T* C,
              int64_t stride_B, int64_t stride_C, T* state, int64_t columns, Lanes<T>* y) {
@@ -52,16 +52,17 @@ struct ForwardScratch {
 
   static size_t bytes(const Dual<T>& dual) {
     const size_t tokens = dual.chunk + kLanes<T>;
-    return (dual.padded_state() + tokens + 2 * kRows * tokens) * sizeof(T) +
-           2 * Maps<T>::bytes(dual) + kRows * tokens * sizeof(Lanes<T>) + 7 * 64;
+    const size_t maps = 2 * Maps<T>::size(dual);
+    return (dual.padded_state() + maps + (2 * kRows + 1) * tokens) * sizeof(T) +
+           kRows * tokens * sizeof(Lanes<T>);
   }
 
   ForwardScratch(const Dual<T>& dual, Scratch& scratch) {
     const size_t tokens = dual.chunk + kLanes<T>;
     y = scratch.take<Lanes<T>>(kRows * tokens);
     state = scratch.take<T>(dual.padded_state());
-    B = scratch.take<T>(Maps<T>::bytes(dual) / sizeof(T));
-    C = scratch.take<T>(Maps<T>::bytes(dual) / sizeof(T));
+    B = scratch.take<T>(Maps<T>::size(dual));
+    C = scratch.take<T>(Maps<T>::size(dual));
     entering = scratch.take<T>(kRows * tokens);
     sums = scratch.take<T>(kRows * tokens);
     decays = scratch.take<T>(tokens);

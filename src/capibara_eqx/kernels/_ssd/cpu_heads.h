@@ -1,6 +1,6 @@
-// What both directions share: the state of a head is read a few rows (channels of the
-// head) and a few registers (of columns, its states) at a time, which stay in registers
-// over the tokens of a chunk.
+// What both directions share. A head's state, a row for each of its channels, is cut
+// into blocks of a few rows and a few registers of columns. A block stays in registers
+// over the tokens between two resets of a chunk.
 #pragma once
 
 #include <algorithm>
@@ -31,8 +31,10 @@ struct Dual {
   int64_t group(int64_t head) const { return head / (n_heads / n_groups); }
   // Up to whole blocks, zero beyond the real ones.
   int64_t padded_rows() const { return (head_dim + kRows - 1) / kRows * kRows; }
+  // One block at least: the first one writes y, also where there are no states.
   int64_t padded_columns() const {
-    return (d_state + kBlock<T> - 1) / kBlock<T> * kBlock<T>;
+    const int64_t blocks = (d_state + kBlock<T> - 1) / kBlock<T>;
+    return std::max<int64_t>(blocks, 1) * kBlock<T>;
   }
   int64_t padded_state() const { return padded_rows() * padded_columns(); }
   bool is_reset(int64_t row, int64_t token) const {
@@ -40,7 +42,7 @@ struct Dual {
   }
 };
 
-// A head's state, as it lies in memory, to and from whole blocks.
+// A head's state from where it lies dense to whole blocks, and back; null is zeros.
 template <typename T>
 void read_state(const Dual<T>& dual, const T* from, T* to) {
   const int64_t columns = dual.padded_columns();
@@ -55,24 +57,25 @@ template <typename T>
 void write_state(const Dual<T>& dual, const T* from, T* to) {
   const int64_t columns = dual.padded_columns();
   for (int64_t p = 0; p < dual.head_dim; ++p) {
-    std::copy(from + p * columns, from + p * columns + dual.d_state, to + p * dual.d_state);
+    const T* const channel = from + p * columns;
+    std::copy(channel, channel + dual.d_state, to + p * dual.d_state);
   }
 }
 
-// The map of a group's tokens, a row of whole blocks each: in place where it is whole.
+// B or C of one group at the tokens of a chunk, whole blocks a token: where they lie if
+// they are whole, else copied to `padded`.
 template <typename T>
 struct Maps {
   const T* at;
   int64_t stride;
 
-  static size_t bytes(const Dual<T>& dual) {
-    return dual.chunk * dual.padded_columns() * sizeof(T);
-  }
+  static size_t size(const Dual<T>& dual) { return dual.chunk * dual.padded_columns(); }
 
   Maps(const Dual<T>& dual, const T* maps, int64_t row, int64_t group, int64_t token,
        int64_t count, T* padded) {
     const int64_t columns = dual.padded_columns();
-    const T* from = maps + ((row * dual.seq + token) * dual.n_groups + group) * dual.d_state;
+    const int64_t first = (row * dual.seq + token) * dual.n_groups + group;
+    const T* const from = maps + first * dual.d_state;
     const int64_t apart = dual.n_groups * dual.d_state;
     if (columns == dual.d_state) {
       at = from, stride = apart;
@@ -86,7 +89,7 @@ struct Maps {
   }
 };
 
-// Tokens from `first` on that end in front of the next reset, or with the chunk.
+// Where the run of tokens from `first` on ends: at the next reset, or with the chunk.
 template <typename T>
 int64_t end_of_run(const Dual<T>& dual, int64_t row, int64_t token, int64_t first,
                    int64_t count) {
@@ -95,7 +98,7 @@ int64_t end_of_run(const Dual<T>& dual, int64_t row, int64_t token, int64_t firs
   return end;
 }
 
-// The numbers of a head at the tokens of a chunk, and what enters `kRows` of its rows.
+// e^a of a head at the tokens of a chunk.
 template <typename T>
 void read_decays(const Dual<T>& dual, int64_t row, int64_t head, int64_t token,
                  int64_t count, T* decays) {
@@ -109,8 +112,8 @@ T coefficient(const Dual<T>& dual, int64_t row, int64_t head, int64_t token) {
   return dual.coefficient[(row * dual.seq + token) * dual.n_heads + head];
 }
 
-// Rows `first` to `first + kRows` of a stream (rows, seq, n_heads, head_dim), times the
-// coefficient if that is wanted.
+// Channels `first` to `first + kRows` of a head in a stream (rows, seq, n_heads,
+// head_dim), zero beyond the last one; times the coefficient if `scaled`.
 template <typename T>
 void read_rows(const Dual<T>& dual, const T* stream, int64_t row, int64_t head,
                int64_t token, int64_t count, int64_t first, bool scaled, T* to) {
@@ -136,8 +139,8 @@ void write_rows(const Dual<T>& dual, const T* from, int64_t row, int64_t head,
   }
 }
 
-// The sums over the lanes of registers, as many numbers; there is room for a register
-// more of either.
+// The sum over the lanes of each of `count` registers. They are taken `kLanes` at a time:
+// both arrays have room for so many more.
 template <typename T>
 void sum_each(const Lanes<T>* x, int64_t count, T* to) {
   for (int64_t i = 0; i < count; i += kLanes<T>) store(to + i, sums<T>(x + i));

@@ -3,12 +3,13 @@
 // under sanitizers; every array is a heap block of exactly its size.
 //
 // With the argument `spoil`, `overrun` or `race` it does what has to be noticed.
-#include <chrono>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <deque>
+#include <functional>
 #include <limits>
+#include <memory>
 #include <random>
 #include <string>
 #include <thread>
@@ -18,54 +19,11 @@
 #include "cpu_backward.h"
 #include "cpu_forward.h"
 #include "cpu_step.h"
-#include "parallel.h"
+#include "driver.h"
 
 namespace {
 
 using namespace capibara;
-
-class Pool {
- public:
-  explicit Pool(int threads) {
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { serve(); });
-  }
-
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      closed_ = true;
-    }
-    changed_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  void schedule(std::function<void()> job) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      jobs_.push_back(std::move(job));
-    }
-    changed_.notify_one();
-  }
-
- private:
-  void serve() {
-    for (;;) {
-      std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait(lock, [this] { return closed_ || !jobs_.empty(); });
-      if (jobs_.empty()) return;
-      const std::function<void()> job = std::move(jobs_.front());
-      jobs_.pop_front();
-      lock.unlock();
-      job();
-    }
-  }
-
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::deque<std::function<void()>> jobs_;
-  std::vector<std::thread> threads_;
-  bool closed_ = false;
-};
 
 struct Case {
   int64_t rows, groups, seq, d_inner, d_state, chunk, parts;
@@ -87,10 +45,7 @@ template <typename T>
 Inputs<T> draw(const Case& c, unsigned seed) {
   std::mt19937 random(seed);
   const auto some = [&](int64_t count, double low, double high) {
-    std::vector<T> values(count);
-    std::uniform_real_distribution<double> between(low, high);
-    for (T& value : values) value = static_cast<T>(between(random));
-    return values;
+    return drawn<T>(random, count, low, high);
   };
   const int64_t stream = c.rows * c.seq * c.d_inner, maps = c.rows * c.seq * c.d_state;
   const int64_t states = c.rows * c.d_inner * c.d_state;
@@ -114,18 +69,12 @@ Inputs<T> draw(const Case& c, unsigned seed) {
   return in;
 }
 
-// As `cpu.cc` does: what has no elements is null.
-template <typename T>
-T* pointer(std::vector<T>& values) {
-  return values.empty() ? nullptr : values.data();
-}
-
 template <typename T>
 struct Results {
   std::vector<T> y, final_state, saved, u, delta, A, B, C, D, z, bias, initial;
 
   auto named() const {
-    return std::vector<std::pair<const char*, const std::vector<T>*>>{
+    return Named<T>{
         {"y", &y}, {"final_state", &final_state}, {"saved", &saved}, {"du", &u},
         {"ddelta", &delta}, {"dA", &A}, {"dB", &B}, {"dC", &C}, {"dD", &D}, {"dz", &z},
         {"dbias", &bias}, {"dinitial", &initial}};
@@ -138,21 +87,19 @@ Results<T> room(const Case& c, int64_t parts) {
   const int64_t stream = c.rows * c.seq * c.d_inner;
   const int64_t states = c.rows * c.d_inner * c.d_state;
   const int64_t chunks = (c.seq + c.chunk - 1) / c.chunk;
-  // What is not written stays visible.
-  const auto unwritten = [](int64_t count) { return std::vector<T>(count, T(1e30)); };
   Results<T> out;
-  out.y = unwritten(stream);
-  out.final_state = unwritten(states);
-  out.saved = unwritten(c.rows * chunks * c.d_state * c.d_inner);
-  out.u = unwritten(stream);
-  out.delta = unwritten(stream);
-  out.A = unwritten(states);
-  out.B = unwritten(c.rows * parts * c.seq * c.d_state);
-  out.C = unwritten(c.rows * parts * c.seq * c.d_state);
-  if (has(c, 0)) out.D = unwritten(c.rows * c.d_inner);
-  if (has(c, 1)) out.z = unwritten(stream);
-  if (has(c, 2)) out.bias = unwritten(c.rows * c.d_inner);
-  if (has(c, 3)) out.initial = unwritten(states);
+  out.y = unwritten<T>(stream);
+  out.final_state = unwritten<T>(states);
+  out.saved = unwritten<T>(c.rows * chunks * c.d_state * c.d_inner);
+  out.u = unwritten<T>(stream);
+  out.delta = unwritten<T>(stream);
+  out.A = unwritten<T>(states);
+  out.B = unwritten<T>(c.rows * parts * c.seq * c.d_state);
+  out.C = unwritten<T>(c.rows * parts * c.seq * c.d_state);
+  if (has(c, 0)) out.D = unwritten<T>(c.rows * c.d_inner);
+  if (has(c, 1)) out.z = unwritten<T>(stream);
+  if (has(c, 2)) out.bias = unwritten<T>(c.rows * c.d_inner);
+  if (has(c, 3)) out.initial = unwritten<T>(states);
   return out;
 }
 
@@ -165,13 +112,9 @@ Results<T> run(const Case& c, Inputs<T>& in, Pool& pool, int64_t threads) {
                      pointer(in.D),    pointer(in.z),    pointer(in.bias),
                      pointer(in.initial), in.reset.get()};
   Results<T> out = room<T>(c, c.parts);
-  const auto share = [&](int64_t tasks, std::function<void(int64_t)> body) {
-    const auto schedule = [&](auto job) { pool.schedule(std::move(job)); };
-    parallel_for(tasks, threads, schedule, std::move(body));
-  };
   const ForwardResults<T> forward{pointer(out.y), pointer(out.final_state),
                                   pointer(out.saved)};
-  share(c.rows * c.parts, [&](int64_t task) {
+  pool.run_tasks(c.rows * c.parts, threads, [&](int64_t task) {
     forward_part<T>(scan, task / c.parts, task % c.parts, c.parts, forward);
   });
   const Cotangents<T> cotangents{pointer(out.saved), pointer(in.dy), pointer(in.dfinal)};
@@ -179,7 +122,7 @@ Results<T> run(const Case& c, Inputs<T>& in, Pool& pool, int64_t threads) {
       c.parts,        pointer(out.u), pointer(out.delta), pointer(out.A),
       pointer(out.B), pointer(out.C), pointer(out.D),     pointer(out.z),
       pointer(out.bias), pointer(out.initial)};
-  share(c.rows * c.parts, [&](int64_t task) {
+  pool.run_tasks(c.rows * c.parts, threads, [&](int64_t task) {
     backward_part<T>(scan, task / c.parts, task % c.parts, cotangents, backward);
   });
   return out;
@@ -286,22 +229,6 @@ Results<double> expect(const Case& c, const Inputs<T>& in) {
   return out;
 }
 
-template <typename T>
-std::vector<T> sum_parts(const std::vector<T>& apart, const Case& c) {
-  const int64_t size = c.seq * c.d_state;
-  std::vector<T> sums(c.rows * size);
-  for (int64_t row = 0; row < c.rows; ++row) {
-    for (int64_t part = 0; part < c.parts; ++part) {
-      for (int64_t i = 0; i < size; ++i) {
-        sums[row * size + i] += apart[(row * c.parts + part) * size + i];
-      }
-    }
-  }
-  return sums;
-}
-
-int failures = 0;
-
 void fail(const Case& c, const char* name, const char* what) {
   ++failures;
   std::printf("%s: %s (rows %d, groups %d, seq %d, d_inner %d, d_state %d, chunk %d, "
@@ -310,25 +237,13 @@ void fail(const Case& c, const char* name, const char* what) {
               int(c.d_state), int(c.chunk), int(c.parts), c.options, c.scale);
 }
 
-// Within what arithmetic in T explains, of the largest value or, where they may cancel,
-// the largest term: one a token, state and channel, each with a few roundings.
+// There is a term a token, state and channel.
 template <typename T>
 void compare(const Case& c, const char* name, const std::vector<T>& got,
              const std::vector<double>& want) {
-  if (got.size() != want.size()) return fail(c, name, "wrong size");
-  double largest = c.scale, worst = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    largest = std::max(largest, std::abs(want[i]));
-    const double error = std::abs(got[i] - want[i]);
-    worst = error <= worst ? worst : error;
-  }
   const double terms = double(c.seq + c.d_state + c.d_inner);
-  const double allowed = 8 * std::numeric_limits<T>::epsilon() * std::sqrt(terms) * largest;
-  if (!(worst <= allowed)) {
-    char what[99];
-    std::snprintf(what, sizeof what, "off by %.2e, allowed %.2e", worst, allowed);
-    fail(c, name, what);
-  }
+  const std::string what = difference(got, want, terms, c.scale);
+  if (!what.empty()) fail(c, name, what.c_str());
 }
 
 template <typename T>
@@ -338,7 +253,9 @@ void compare_all(const Case& c, const Results<T>& got, const Results<double>& wa
   for (size_t i = 0; i < count; ++i) {
     const char* name = all[i].first;
     const bool apart = std::strcmp(name, "dB") == 0 || std::strcmp(name, "dC") == 0;
-    compare(c, name, apart ? sum_parts(*all[i].second, c) : *all[i].second,
+    const std::vector<T>& found = *all[i].second;
+    const int64_t size = c.seq * c.d_state;
+    compare(c, name, apart ? sum_parts(found, c.rows, c.parts, size) : found,
             *expected[i].second);
   }
 }
@@ -427,8 +344,7 @@ void check_parallel_for(Pool& pool) {
   const auto call = [&] {
     for (int64_t tasks = 0; tasks < 40; ++tasks) {
       std::vector<int> runs(tasks, 0);
-      const auto schedule = [&](auto job) { pool.schedule(std::move(job)); };
-      parallel_for(tasks, 1 + tasks % 7, schedule, [&](int64_t task) { ++runs[task]; });
+      pool.run_tasks(tasks, 1 + tasks % 7, [&](int64_t task) { ++runs[task]; });
       for (int count : runs) wrong += count != 1;
     }
   };
@@ -442,23 +358,13 @@ void check_parallel_for(Pool& pool) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  const std::string wish = count > 1 ? arguments[1] : "";
-  Pool pool(3);
-  if (wish == "overrun") {
-    std::vector<float> values(3);
-    std::printf("%g\n", sum<float>(load<float>(values.data())));
-  } else if (wish == "race") {
-    int total = 0;
-    pool.schedule([&] { ++total; });
-    std::this_thread::sleep_for(std::chrono::milliseconds(20));
-    std::printf("%d\n", ++total);
-  } else if (wish == "spoil") {
-    check<double>({2, 1, 5, 3, 3, 2, 1, kAll, 1}, pool, true);
-  } else {
+  const auto check_everything = [](Pool& pool) {
     check_all<float>(pool);
     check_all<double>(pool);
     check_parallel_for(pool);
-  }
-  std::printf("%d failures\n", failures);
-  return failures == 0 ? 0 : 1;
+  };
+  const auto spoil = [](Pool& pool) {
+    check<double>({2, 1, 5, 3, 3, 2, 1, kAll, 1}, pool, true);
+  };
+  return drive(count, arguments, check_everything, spoil);
 }
