@@ -135,8 +135,9 @@ Results<T> run(const Case& c, Inputs<T>& in, Pool& pool, int64_t threads) {
                                     pointer(out.log_decay), pointer(out.coefficient),
                                     pointer(out.B), pointer(out.C),
                                     pointer(out.initial)};
-  share(BackwardScratch<T>::bytes(dual), c.rows * c.parts, [&](int64_t task) {
-    backward_part<T>(dual, task / c.parts, task % c.parts, cotangents, backward);
+  const int64_t parts = c.groups * c.parts;
+  share(BackwardScratch<T>::bytes(dual), c.rows * parts, [&](int64_t task) {
+    backward_part<T>(dual, task / parts, task % parts, cotangents, backward);
   });
   return out;
 }

@@ -56,9 +56,9 @@ template <typename T>
 void backward(ffi::ThreadPool& pool, const Inputs& inputs,
               const Cotangents<T>& cotangents, const BackwardResults<T>& results) {
   const Dual<T> dual = inputs.dual<T>();
-  run_tasks(pool, dual.rows * results.parts, 4 * work(dual), [&](int64_t task) {
-    backward_part<T>(dual, task / results.parts, task % results.parts, cotangents,
-                     results);
+  const int64_t parts = dual.n_groups * results.parts;
+  run_tasks(pool, dual.rows * parts, 4 * work(dual), [&](int64_t task) {
+    backward_part<T>(dual, task / parts, task % parts, cotangents, results);
   });
 }
 

@@ -23,7 +23,8 @@ _SOURCE = Path(__file__).with_name("cpu.cc")
 _INITIAL_STATE = Operands._fields.index("initial_state")
 
 # The sums for B and C are kept apart for so many parts of the heads, so that as many
-# threads can work at them; more parts are more memory and a longer sum.
+# threads can work at them; more parts are more memory and a longer sum. Those of
+# different groups are apart already.
 _PARTS = 8
 
 
@@ -75,7 +76,8 @@ def backward(
     dtype = operands.log_decay.dtype
     rows, seq, n_heads, _ = operands.x.shape
     heads = (rows, seq, n_heads)
-    parts = max(1, min(_PARTS, n_heads))
+    n_groups = operands.B.shape[2]
+    parts = max(1, min(_PARTS // n_groups, n_heads // n_groups))
     sums = (rows, parts, *operands.B.shape[1:])
     shapes = [operands.x.shape, heads, sums, sums, heads, state_shape(operands)]
     results = [

@@ -241,22 +241,26 @@ void backward_chunk(const Place<T>& place, const Cotangents<T>& cotangents,
   }
 }
 
-// A part is a run of neighbouring heads of one row, whose sums are taken in order: the
+// A part is a run of neighbouring heads of one group, whose sums are taken in order: the
 // result does not depend on which thread does what.
 template <typename T>
 void backward_part(const Dual<T>& dual, int64_t row, int64_t part,
                    const Cotangents<T>& cotangents, const BackwardResults<T>& results) {
   const int64_t sums = dual.seq * dual.n_groups * dual.d_state;
-  T* const B = results.B + (row * results.parts + part) * sums;
-  T* const C = results.C + (row * results.parts + part) * sums;
-  std::fill_n(B, sums, T(0));
-  std::fill_n(C, sums, T(0));
+  const int64_t group = part / results.parts, own = part % results.parts;
+  T* const B = results.B + (row * results.parts + own) * sums;
+  T* const C = results.C + (row * results.parts + own) * sums;
+  for (int64_t t = 0; t < dual.seq; ++t) {
+    const int64_t at = (t * dual.n_groups + group) * dual.d_state;
+    for (T* maps : {B, C}) std::fill_n(maps + at, dual.d_state, T(0));
+  }
   Scratch& scratch = Scratch::of_this_thread();
   scratch.reserve(BackwardScratch<T>::bytes(dual));
   const BackwardScratch<T> at(dual, scratch);
   const int64_t size = dual.state_size();
-  const int64_t end = dual.n_heads * (part + 1) / results.parts;
-  for (int64_t head = dual.n_heads * part / results.parts; head < end; ++head) {
+  const int64_t heads = dual.n_heads / dual.n_groups;
+  const int64_t end = group * heads + heads * (own + 1) / results.parts;
+  for (int64_t head = group * heads + heads * own / results.parts; head < end; ++head) {
     const int64_t index = row * dual.n_heads + head;
     read_state(dual, cotangents.final_state + index * size, at.carry);
     for (int64_t chunk = dual.chunks() - 1; chunk >= 0; --chunk) {
