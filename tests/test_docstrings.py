@@ -81,7 +81,25 @@ def surroundings() -> dict[str, Any]:
 
 
 # Run as they stand, so that every operation is compiled by itself.
-LONG = ("LinearSSM", "Mamba2", "Mamba3", "S4", "S5", "UltraSSM", "validate_ssm_system")
+LONG = (
+    "AbstractSequenceMixer",
+    "Attention",
+    "DecoupledAttention",
+    "DiffusionNextTokenHead",
+    "ExpertLoad",
+    "Implementation",
+    "LinearSSM",
+    "Mamba2",
+    "Mamba3",
+    "S4",
+    "S4D",
+    "S5",
+    "UltraSSM",
+    "attention",
+    "create_ssm_config",
+    "experts",
+    "validate_ssm_system",
+)
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ def test_keys_are_fresh(getkey):
     assert len({int(jax.random.bits(getkey())) for _ in range(20)}) == 20
 
 
+@pytest.mark.slow
 def test_a_failure_shows_a_seed_that_repeats_it(tmp_path):
     shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
     (tmp_path / "test_it.py").write_text(FAILING)

@@ -172,6 +172,7 @@ def test_without_a_gpu_nothing_is_recorded_and_the_reason_is_said(capsys):
     assert "needs an NVIDIA GPU, and jax runs on cpu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_operation_and_mode_with_its_error():
     found = list(gpu.compare(TRIAL, ["xla"]))
     assert {(m.operation, m.mode) for m in found} == {

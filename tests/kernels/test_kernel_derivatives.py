@@ -221,6 +221,7 @@ def test_second_order_across_chunks(case, implementation):
         "ssd": ("ssd", ssd_arguments((), 3, 1, 2, 1, 2, seed=17), {"chunk_size": 2}),
     }
 )
+@pytest.mark.slow
 def test_third_order(case, implementation):
     check(3, case, implementation)
 

@@ -262,8 +262,21 @@ def test_vmap_over_weights(shared, implementation):
 
 
 @each_lowered
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("spec", DEPTHWISE, ids=lambda spec: spec.name)
+@pytest.mark.parametrize(
+    ("spec", "dtype"),
+    [
+        pytest.param(
+            spec,
+            dtype,
+            id=f"{spec.name}-{dtype}",
+            marks=[]
+            if (spec, dtype) == (DEPTHWISE[0], "bfloat16")
+            else pytest.mark.slow,
+        )
+        for spec in DEPTHWISE
+        for dtype in ("float32", "bfloat16")
+    ],
+)
 def test_a_gradient_lowers(spec, dtype, implementation):
     reach = (spec.width - 1) * spec.dilation
     shapes = {

@@ -306,6 +306,7 @@ def digest() -> str:
     return bits.hexdigest()
 
 
+@pytest.mark.slow
 def test_the_same_to_the_bit_again_and_on_any_number_of_threads():
     first = digest()
     assert all(digest() == first for _ in range(5))

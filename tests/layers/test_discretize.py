@@ -124,6 +124,7 @@ def test_a_matrix_without_an_inverse(method):
         assert np.all(np.isfinite(leaf))
 
 
+@pytest.mark.slow
 def test_second_derivatives_of_an_exponential():
     weights = np.random.default_rng(0).standard_normal((2, 3, 3))
 

@@ -163,6 +163,7 @@ def test_first_derivatives_through_caches():
     check_first_order(*losses(layer, 5), point_of(layer, 2, 5))
 
 
+@pytest.mark.slow
 def test_second_derivatives_through_caches():
     options = {"head_dim": 1, "chunk_size": 3, "norm_eps": 0.5}
     layer = moved(Mamba2(1, 2, 2, **options, key=jax.random.key(2)), 2)

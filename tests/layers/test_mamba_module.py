@@ -181,6 +181,7 @@ def test_training_changes_nothing():
     )
 
 
+@pytest.mark.slow
 def test_without_a_key_modules_are_equal_and_with_one_they_are_not():
     config = MambaConfig(**SMALL)
     default = eqx.filter_jit(MambaModule)(config)
@@ -275,6 +276,7 @@ def test_a_kernel_is_reported_where_a_tpu_would_run_it(scan_type, optimised, pal
 # Inside transformations.
 
 
+@pytest.mark.slow
 def test_inside_jit_and_grad():
     module, x = make(), jnp.asarray(rows(2, 5, 4), "float32")
     eager = module(x)

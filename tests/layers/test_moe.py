@@ -306,7 +306,7 @@ def test_the_selection_bias_has_no_gradient_and_balances():
     [
         (check_first_order, {"use_bias": True, "shared_d_ff": 2}),
         # Those of the biases and of a gated unit are known from their own tests.
-        (check_second_order, {}),
+        pytest.param(check_second_order, {}, marks=pytest.mark.slow),
     ],
 )
 def test_derivatives_of_output_and_losses(check, options):

@@ -183,9 +183,8 @@ def test_first_derivatives_of_the_convolution():
     check_gradient(*losses(layer, 5), point_of(layer, 2, 5, state=False))
 
 
-@pytest.mark.parametrize(
-    "mode", ["chunked", pytest.param("convolution", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("mode", ["chunked", "convolution"])
+@pytest.mark.slow
 def test_second_derivatives(mode):
     layer = make(mode, 1, 2, chunk_size=2)
     point = point_of(layer, 3, 3, state=mode == "chunked")

@@ -116,9 +116,8 @@ def test_first_derivatives_through_states(name):
     check_first_order(*losses(layer, 4), point_of(layer, 2, 4))
 
 
-@pytest.mark.parametrize(
-    "name", ["zoh", pytest.param("bilinear", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("name", ["zoh", "bilinear"])
+@pytest.mark.slow
 def test_second_derivatives_through_states(name):
     layer = make(name)
     check_second_order(*losses(layer, 3), point_of(layer, 3, 3))

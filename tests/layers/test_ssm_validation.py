@@ -16,12 +16,14 @@ def status() -> SSMStatus:
     return validate_ssm_system()
 
 
+@pytest.mark.slow
 def test_the_keys_of_the_documents(status):
     assert set(status) == {*KEYS, "errors", "tolerances"}
     assert [status[key] for key in KEYS] == [True] * 4
     print(f"SSM available: {status['ssm_available']}")
 
 
+@pytest.mark.slow
 def test_every_layer_and_every_loop_was_measured(status):
     layers = [*PARAMETERS, "hybrid_ssm"]
     expected = {*(f"{kind}.step" for kind in layers), *_ssm_validation._CHECKS}

@@ -47,7 +47,10 @@ def _after(steps):
     return should_stop
 
 
-@pytest.mark.parametrize("changes", [{}, {"dropout": 0.2, "scan": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"dropout": 0.2, "scan": True}, pytest.param({}, marks=pytest.mark.slow)],
+)
 def test_forty_steps_equal_twenty_and_twenty(tmp_path, changes):
     config = tiny_config(**changes)
     trainer = Trainer(config, tiny_corpus())
