@@ -38,7 +38,7 @@ _NOISE = 0
 
 @dataclass(frozen=True)
 class Settings:
-    seq: int = 128
+    seq: int = 256
     data_tokens: int = 16
     vocab_size: int = 16
     d_model: int = 64
@@ -46,7 +46,7 @@ class Settings:
     d_state: int = 16
     held_out: int = 512
     seeds: tuple[int, ...] = (0,)
-    schedule: Schedule = Schedule(10_000, 32, 3e-3)
+    schedule: Schedule = Schedule(7000, 32, 3e-3)
 
 
 QUICK = Settings(12, 3, 6, 8, 1, 4, 8, (0,), Schedule(2, 4, 1e-3, evaluations=2))
