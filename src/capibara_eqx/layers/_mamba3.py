@@ -301,8 +301,7 @@ class Mamba3(AbstractSequenceMixer):
         )
         y = y + jnp.broadcast_to(self.D.astype(wide)[:, None], u.shape) * u
         y = self._gated(y.reshape(z.shape).astype(x.dtype), z)
-        end = turn[..., -1, :, :]
-        end = jnp.stack([end.real, end.imag], axis=-1).astype(cache.turn.dtype)
+        end = _of_modulus_one(turn[..., -1, :, :]).astype(cache.turn.dtype)
         segment = advance_segment(cache.segment, segment_ids)
         cache = Mamba3Cache(state.astype(cache.state.dtype), end, last, segment)
         return zero_padding(self.out_proj(y), segment_ids), cache
@@ -353,3 +352,13 @@ class Mamba3(AbstractSequenceMixer):
         if self.norm is not None:
             return self.norm(y, z)
         return (accumulate(y) * jax.nn.silu(accumulate(z))).astype(y.dtype)
+
+
+def _of_modulus_one(turn) -> Float[Array, "*batch n a 2"]:
+    """Cosines and sines of what was multiplied together.
+
+    The roundings of a turn that repeats are the same ones every time: without this a
+    long stream would grow or shrink by them.
+    """
+    parts = jnp.stack([turn.real, turn.imag], axis=-1)
+    return parts * jax.lax.rsqrt(jnp.sum(parts * parts, axis=-1, keepdims=True))
