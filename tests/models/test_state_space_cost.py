@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from support.quick import filled
 
-from capibara_eqx.layers import S5, LinearSSM
+from capibara_eqx.layers import S5, LinearSSM, Mamba3
 from capibara_eqx.models import LanguageModel, ResidualBlock, model_cost
 
 
@@ -40,3 +40,48 @@ def test_products_are_nearly_all_of_the_work(layer):
     assert ours < by_compiler(layer) < 1.1 * ours
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(layer.init_cache()))
     assert block.state_bytes == held
+
+
+def mamba3_flops(**options):
+    """Those of one step of one block, as the compiler counts them and by formula."""
+    # The loop over tokens, which takes each operation once; before the compiler fuses,
+    # which repeats some.
+    options = {"d_state": 8, "head_dim": 16, "implementation": "reference", **options}
+    layer = of_shape(Mamba3, 64, **options)
+    step = eqx.filter_jit(lambda m, x, c: m.step(x, c))
+    lowered = step.lower(layer, jnp.zeros(64), layer.init_cache()).lowered
+    model = of_shape(LanguageModel, 2, 64, [ResidualBlock(layer, 64)])
+    return lowered.cost_analysis()["flops"], model_cost(model)[1].flops - 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "left_out"),
+    [
+        # Two pairs turn, as before.
+        ({"d_state": 16, "rope_fraction": 0.25}, 0),
+        # 128 channels more: a SiLU is four, and a sum of n terms is n - 1.
+        ({"expand": 4, "head_dim": 32}, 128 * (4 - 1)),
+        # Two norms: a quotient and eps, less an addition.
+        ({"n_groups": 2}, 2 * (2 - 1)),
+        # Eight of them.
+        ({"output_norm": True}, 8 * (2 - 1)),
+    ],
+    ids=str,
+)
+def test_more_of_something_in_mamba3(change, left_out):
+    (counted, ours), (base_counted, base_ours) = mamba3_flops(**change), mamba3_flops()
+    assert ours > base_ours
+    assert counted - base_counted == ours - base_ours + left_out
+
+
+def test_angles_of_mamba3():
+    """By hand: the compiler counts a product of complex numbers as one operation."""
+    (_, some), (_, all_turn) = mamba3_flops(), mamba3_flops(rope_fraction=1.0)
+    product = 4 + 2
+    angle = 1 + 2 + product  # times the step; cosine and sine; the turn so far
+    assert all_turn - some == 2 * (2 * 64 + 8 * (angle + 2 * product))
+
+
+def test_what_the_formula_of_mamba3_leaves_out_is_small():
+    counted, ours = mamba3_flops()
+    assert ours < counted < 1.05 * ours

@@ -11,6 +11,7 @@ from ..internal import (
     accumulator_dtype,
     check_last_axis,
     check_positive,
+    check_range,
     check_segment_ids,
     check_sequence,
     check_size,
@@ -121,7 +122,7 @@ class Mamba3(AbstractSequenceMixer):
         r"""**Arguments:**
 
         - `d_model`: width of input and output.
-        - `d_state`: columns of the state of a head.
+        - `d_state`: columns of the state of a head, two or more.
         - `expand`: channels inside, `d_inner = expand * d_model`.
         - `head_dim`: channels a head, which divides `d_inner`.
         - `n_groups`: pairs of $B$ and $C$; neighbouring heads share one.
@@ -139,8 +140,8 @@ class Mamba3(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for sizes, a `norm_eps` or an `A_floor` that are not positive,
-        sizes that do not divide each other, a `rope_fraction` that turns no pair or
-        more than there are, empty ranges, or an unknown `implementation`.
+        sizes that do not divide each other, a `rope_fraction` above 1 or one that turns
+        no pair, empty ranges, or an unknown `implementation`.
         """
         sizes = {
             "d_model": d_model,
@@ -165,11 +166,18 @@ class Mamba3(AbstractSequenceMixer):
                 f"`n_groups` must divide the {n_heads} heads (expand * d_model / "
                 f"head_dim), got {n_groups}."
             )
-        angles = int(d_state * rope_fraction) // 2
-        if not 0 < rope_fraction <= 1 or angles == 0:
+        if d_state < 2:
             raise ValueError(
-                "`rope_fraction` must lie in (0, 1] and turn a pair or more of the "
-                f"{d_state} states, got {rope_fraction}. All turn at 1."
+                f"`d_state` must be 2 or more, got {d_state}: states turn in pairs."
+            )
+        check_range(
+            "rope_fraction", rope_fraction, above=0, most=1, hint="All turn at 1."
+        )
+        angles = int(d_state * rope_fraction) // 2
+        if angles == 0:
+            raise ValueError(
+                f"`rope_fraction` must turn a pair or more of the {d_state} states, so "
+                f"be at least 2/{d_state}, got {rope_fraction}."
             )
         check_step_range(dt_min, dt_max, dt_init_floor)
         if chunk_size is not None:
@@ -301,8 +309,7 @@ class Mamba3(AbstractSequenceMixer):
         )
         y = y + jnp.broadcast_to(self.D.astype(wide)[:, None], u.shape) * u
         y = self._gated(y.reshape(z.shape).astype(x.dtype), z)
-        end = turn[..., -1, :, :]
-        end = jnp.stack([end.real, end.imag], axis=-1).astype(cache.turn.dtype)
+        end = _of_modulus_one(turn[..., -1, :, :]).astype(cache.turn.dtype)
         segment = advance_segment(cache.segment, segment_ids)
         cache = Mamba3Cache(state.astype(cache.state.dtype), end, last, segment)
         return zero_padding(self.out_proj(y), segment_ids), cache
@@ -353,3 +360,13 @@ class Mamba3(AbstractSequenceMixer):
         if self.norm is not None:
             return self.norm(y, z)
         return (accumulate(y) * jax.nn.silu(accumulate(z))).astype(y.dtype)
+
+
+def _of_modulus_one(turn) -> Float[Array, "*batch n a 2"]:
+    """Cosines and sines of what was multiplied together.
+
+    The roundings of a turn that repeats are the same ones every time: without this a
+    long stream would grow or shrink by them.
+    """
+    parts = jnp.stack([turn.real, turn.imag], axis=-1)
+    return parts * jax.lax.rsqrt(jnp.sum(parts * parts, axis=-1, keepdims=True))

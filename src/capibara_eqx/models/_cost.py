@@ -56,11 +56,12 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
 
     Work is counted by formula, since XLA counts the body of a loop once: a product
     of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, those of
-    Mamba-2 and Mamba-3 as five a state, since their decays are one a head, with turns
-    of 18 a head and angle; the recurrence of S4D as seven a real state and four a
-    channel, that of S4 as 12 and 8 a rank, that of S5 as four (a product of complex
-    numbers is six), `LinearSSM` as its products, all without what is done once a call;
+    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
+    Mamba-2 as five a state, since its decays are one a head, and four a channel, that
+    of Mamba-3 as five a state, six a channel, four a head and column of its state, and
+    21 a head and angle; the recurrence of S4D as seven a real state and four a channel,
+    that of S4 as 12 and 8 a rank, that of S5 as four (a product of complex numbers is
+    six), `LinearSSM` as its products, all without what is done once a call;
     norms as four a channel. Of a mixture of experts the router, the shared expert and
     the `top_k` experts that a token takes are counted, though all have parameters and
     some implementations compute all; attention as its four or more maps, two products a
@@ -166,12 +167,15 @@ def _mamba2(layer: Mamba2) -> int:
 
 def _mamba3(layer: Mamba3) -> int:
     maps = _linear(layer.in_proj) + _linear(layer.out_proj)
-    scan = 5 * layer.d_inner * layer.d_state + 6 * layer.d_inner
+    scan = 5 * layer.d_inner * layer.d_state + 5 * layer.d_inner
     norms = 2 * layer.n_groups * _flops(layer.B_norm, None)
-    gate = 0 if layer.norm is None else _flops(layer.norm, None)
-    # A product of complex numbers is six: of the turn, and of a pair of B and of C.
-    turns = layer.n_heads * (18 * layer.angles + 4 * layer.d_state)
-    return maps + scan + norms + gate + turns
+    gate = layer.d_inner if layer.norm is None else _flops(layer.norm, None)
+    # An angle with its cosine and sine, and three products of complex numbers of six
+    # operations each: of the turn, and of a pair of B and of C.
+    turns = 21 * layer.n_heads * layer.angles
+    # Two biases, and the product of B and C.
+    heads = 4 * layer.n_heads * layer.d_state
+    return maps + scan + norms + gate + turns + heads
 
 
 def _linear_ssm(layer: LinearSSM) -> int:
