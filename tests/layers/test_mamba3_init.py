@@ -59,7 +59,14 @@ def test_a_norm_of_each_head_is_there_if_asked_for():
 
 @pytest.mark.parametrize(
     ("d_state", "fraction", "angles"),
-    [(4, 0.5, 1), (5, 1.0, 2), (7, 0.9, 3), (7, 0.5, 1), (128, 0.5, 32)],
+    [
+        (4, 0.5, 1),
+        (5, 1.0, 2),
+        (7, 0.9, 3),
+        (7, 0.5, 1),
+        (128, 0.5, 32),
+        (100, 0.58, 29),
+    ],
 )
 def test_pairs_that_turn(d_state, fraction, angles):
     layer = Mamba3(

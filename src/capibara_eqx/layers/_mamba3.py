@@ -173,7 +173,8 @@ class Mamba3(AbstractSequenceMixer):
         check_range(
             "rope_fraction", rope_fraction, above=0, most=1, hint="All turn at 1."
         )
-        angles = int(d_state * rope_fraction) // 2
+        # A product such as 100 * 0.58 may fall short of the whole number it should be.
+        angles = math.floor(d_state * rope_fraction + 1e-6) // 2
         if angles == 0:
             raise ValueError(
                 f"`rope_fraction` must turn a pair or more of the {d_state} states, so "
