@@ -22,6 +22,7 @@ from ._activation import check_activation
 from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._gated_norm import GatedRMSNorm
+from ._inner_heads import inner_heads
 from ._linear import Linear
 from ._mixer import AbstractSequenceMixer
 from ._step_size import check_step_range, step_bias
@@ -147,17 +148,7 @@ class Mamba2(AbstractSequenceMixer):
             check_size(name, value)
         check_positive("norm_eps", norm_eps)
         d_inner = expand * d_model
-        if d_inner % head_dim:
-            raise ValueError(
-                f"`head_dim` must divide the {d_inner} inner channels (expand * "
-                f"d_model), got {head_dim}."
-            )
-        n_heads = d_inner // head_dim
-        if n_heads % n_groups:
-            raise ValueError(
-                f"`n_groups` must divide the {n_heads} heads (expand * d_model / "
-                f"head_dim), got {n_groups}."
-            )
+        n_heads = inner_heads(d_model, expand, head_dim, n_groups)
         check_step_range(dt_min, dt_max, dt_init_floor)
         _check_interval("dt_limit", dt_limit, closed=True)
         _check_interval("A_init_range", A_init_range, closed=False)

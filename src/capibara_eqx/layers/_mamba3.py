@@ -21,6 +21,7 @@ from ..internal import (
 from ..kernels import check_implementation, linear_recurrence
 from ._cache import advance_segment, check_cache, fresh_segment
 from ._gated_norm import GatedRMSNorm
+from ._inner_heads import inner_heads
 from ._linear import Linear
 from ._mixer import AbstractSequenceMixer
 from ._norm import RMSNorm
@@ -155,17 +156,7 @@ class Mamba3(AbstractSequenceMixer):
         for name, value in (("norm_eps", norm_eps), ("A_floor", A_floor)):
             check_positive(name, value)
         d_inner = expand * d_model
-        if d_inner % head_dim:
-            raise ValueError(
-                f"`head_dim` must divide the {d_inner} inner channels (expand * "
-                f"d_model), got {head_dim}."
-            )
-        n_heads = d_inner // head_dim
-        if n_heads % n_groups:
-            raise ValueError(
-                f"`n_groups` must divide the {n_heads} heads (expand * d_model / "
-                f"head_dim), got {n_groups}."
-            )
+        n_heads = inner_heads(d_model, expand, head_dim, n_groups)
         if d_state < 2:
             raise ValueError(
                 f"`d_state` must be 2 or more, got {d_state}: states turn in pairs."
