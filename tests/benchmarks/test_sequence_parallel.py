@@ -46,6 +46,11 @@ def test_every_device_does_its_share_and_sends_what_the_formula_says(tmp_path):
         assert many["sent_by_formula"] == many["sent_compiled"] > 0
         assert alone["sent_by_formula"] == alone["sent_compiled"] == 0
         assert found[f"{name}_8", "forward_backward"].spec["sent_compiled"] > 0
+    # Of the weights their own size, not that of the tokens that they met.
+    spec = found["causal_conv_8", "forward_backward"].spec
+    weights = 4 * spec["channels"] * (spec["width"] + 1)
+    forward = found["causal_conv_8", "forward"].spec["sent_compiled"]
+    assert spec["sent_compiled"] <= 2 * forward + weights
     page = report.render(read_records(tmp_path.glob("*/*.jsonl")))
     assert "| sent by formula, bytes |" in page
     assert "| operations as compiled | share |" in page
