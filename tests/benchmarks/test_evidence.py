@@ -73,9 +73,9 @@ def test_trials_are_not_reported_unless_asked_for():
 
 
 def test_selective_copying_asks_for_the_data_in_order():
-    settings = selective_copying.Settings()
+    settings = selective_copying.Settings(seq=64)
     tokens, data = selective_copying.batch(jax.random.key(0), 4, settings)
-    assert tokens.shape == (4, 80)
+    assert tokens.shape == (4, 64 + settings.data_tokens)
     for row, expected in zip(np.asarray(tokens), np.asarray(data), strict=True):
         seen, asked = row[:64], row[64:]
         assert (asked == settings.vocab_size - 1).all()
