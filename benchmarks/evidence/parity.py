@@ -39,12 +39,14 @@ TITLE = "Parity"
 _MAMBA, _ROTATING, _STILL = "Mamba", "Rotating", "Rotating, angle 0"
 _MAMBA3 = "Mamba3"
 # Steps so long that half a circle is near.
-_TURNING = {"head_dim": 16, "rope_fraction": 1.0, "dt_min": 0.3, "dt_max": 1.0}
+_TURNING = {"rope_fraction": 1.0, "dt_min": 0.3, "dt_max": 1.0}
 MIXERS: dict[str, Callable[..., AbstractSequenceMixer]] = {
     _MAMBA: lambda width, key: Mamba(width, key=key),
     _STILL: lambda width, key: RotatingSSM(width, rotates=False, key=key),
     _ROTATING: lambda width, key: RotatingSSM(width, key=key),
-    _MAMBA3: lambda width, key: Mamba3(width, 16, **_TURNING, key=key),
+    _MAMBA3: lambda width, key: Mamba3(
+        width, 16, head_dim=width // 2, **_TURNING, key=key
+    ),
 }
 
 
