@@ -38,14 +38,18 @@ NAME = "parity"
 TITLE = "Parity"
 _MAMBA, _ROTATING, _STILL = "Mamba", "Rotating", "Rotating, angle 0"
 _MAMBA3 = "Mamba3"
-# Steps so long that half a circle is near.
-_TURNING = {"rope_fraction": 1.0, "dt_min": 0.3, "dt_max": 1.0}
 MIXERS: dict[str, Callable[..., AbstractSequenceMixer]] = {
     _MAMBA: lambda width, key: Mamba(width, key=key),
     _STILL: lambda width, key: RotatingSSM(width, rotates=False, key=key),
     _ROTATING: lambda width, key: RotatingSSM(width, key=key),
+    # Steps so long that half a circle is near.
     _MAMBA3: lambda width, key: Mamba3(
-        width, 16, head_dim=width // 2, **_TURNING, key=key
+        *(width, 16),
+        head_dim=width // 2,
+        rope_fraction=1.0,
+        dt_min=0.3,
+        dt_max=1.0,
+        key=key,
     ),
 }
 
