@@ -159,6 +159,7 @@ class Shards:
             {name: self._placed(x, spec) for name, x in arrays.items()}
             for arrays, spec in ((streams, stream), (rows, row), (weights, whole))
         ]
+
         def own_piece(streams, rows, weights):
             # Weights that vary from here on: their cotangents are summed over the
             # devices as weights, not token by token where they first meet a stream.
