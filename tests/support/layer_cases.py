@@ -135,7 +135,13 @@ CASES = (
         axes=(LENGTH,),
     ),
     Case("conv_depthwise", partial(Conv1DBlock, 3, 3, 4, groups=3), 3, 4),
-    Case("conv_everything", partial(Conv1DBlock, 4, 4, 3, **_EVERYTHING), 4, 10),
+    Case(
+        "conv_everything",
+        partial(Conv1DBlock, 4, 4, 3, **_EVERYTHING),
+        width=4,
+        terms=10,
+        slow=True,
+    ),
     Case(
         "conv_pointwise",
         partial(Conv1DBlock, 3, 5, 1, norm="rms", use_bias=False),
@@ -152,9 +158,9 @@ CASES = (
         width=4,
         terms=20,
     ),
-    Case("hybrid_mix", hybrid_of_convolutions, 3, 20),
+    Case("hybrid_mix", hybrid_of_convolutions, 3, 20, slow=True),
     Case("bidirectional", bidirectional, 3, 20, mixer=False, axes=(LENGTH,)),
-    Case("ultra", ultra, 3, 40, padding="input"),
+    Case("ultra", ultra, 3, 40, padding="input", slow=True),
     Case("model_scanned", _scanned_model, **_MODEL, cache_axes=1),
     # The rest differs from the ones above in a value or two.
     Case(

@@ -42,8 +42,9 @@ _STATE_SPACE: dict[str, Any] = {
 _LIMITED: dict[str, Any] = {"dt_limit": (0.01, 0.2), "chunk_size": 4}
 
 STATE_SPACES = (
-    Case("linear_ssm", _linear_ssm, 3, 40),
-    Case("s5", _s5, 3, 40),
+    # Those of a full matrix and of one for all channels have loops of their own, too.
+    Case("linear_ssm", _linear_ssm, 3, 40, slow=True),
+    Case("s5", _s5, 3, 40, slow=True),
     Case("s4d", partial(S4D, 3, 4, **_STATE_SPACE), 3, 60),
     Case("mamba3", partial(Mamba3, 3, 4, head_dim=3, chunk_size=3), 3, 60),
     Case("mamba2", partial(Mamba2, 4, 3, 3, head_dim=4, **_LIMITED), 4, 60),
