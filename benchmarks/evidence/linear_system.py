@@ -52,7 +52,7 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     schedule: Schedule = Schedule(2000, 32, 1e-2)
     # Of the residual by Levenberg and Marquardt, after the schedule.
-    evaluations: int = 1000
+    fit_evaluations: int = 1000
 
 
 QUICK = Settings(
@@ -140,7 +140,7 @@ def _outcome(seed: int, settings: Settings) -> Outcome:
     model, curve = train(
         model, sample, loss, held_out, settings.schedule, key=train_key
     )
-    model = _least_squares(model, inputs, targets, settings.evaluations)
+    model = _least_squares(model, inputs, targets, settings.fit_evaluations)
     impulse = np.eye(1, settings.impulse)
     found = np.asarray(answer(model, jnp.asarray(impulse, jnp.float32)))
     expected = answers(true, impulse)

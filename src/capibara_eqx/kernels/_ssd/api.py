@@ -62,8 +62,9 @@ def ssd(
     - `initial_state`: state before the first token, `(*batch, n_heads, head_dim,
         d_state)`; zeros if not given.
     - `reset`: where the state is zeroed before the token is read, `(*batch, seq)`.
-    - `chunk_size`: tokens that are multiplied together; it changes speed and memory,
-        not the result. By default what measured fastest.
+    - `chunk_size`: tokens that XLA multiplies together, and after which the C++ kernel
+        keeps a state for the gradients; it changes speed and memory, not the result. By
+        default what measured fastest.
     - `implementation`: `"cpu"`, `"xla"`, `"reference"`, or a sequence of names of which
         the first that can is used. By default the C++ kernel on a CPU, which runs the
         recurrence with the state in registers, and XLA's products elsewhere.
