@@ -5,7 +5,9 @@ The names live in the sub-packages, which are loaded when first used, so that
 `import capibara_eqx` alone costs next to nothing:
 
 - `capibara_eqx.kernels`: pure functions on arrays, such as `selective_scan`.
+- `capibara_eqx.arrays`: nodes that stand where a weight stood, such as `AffineArray`.
 - `capibara_eqx.layers`: `equinox.Module`s, such as `Mamba`.
+- `capibara_eqx.transforms`: functions from model to model, such as `quantize`.
 - `capibara_eqx.models`: blocks, stacks, language models and `generate`.
 - `capibara_eqx.interop`: Hugging Face checkpoints in and out.
 - `capibara_eqx.train`: datasets, the training step, checkpoints and the loop.
@@ -28,15 +30,26 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-_SUBPACKAGES = ("cli", "interop", "kernels", "layers", "models", "train")
+_SUBPACKAGES = (
+    "arrays",
+    "cli",
+    "interop",
+    "kernels",
+    "layers",
+    "models",
+    "train",
+    "transforms",
+)
 
 if TYPE_CHECKING:
+    from . import arrays as arrays
     from . import cli as cli
     from . import interop as interop
     from . import kernels as kernels
     from . import layers as layers
     from . import models as models
     from . import train as train
+    from . import transforms as transforms
 else:
     # Hidden from type checkers, which would otherwise accept any name at all.
 

@@ -95,13 +95,15 @@ def check_seed(name: str, value: object) -> None:
     check_range(name, value, least=0, most=2**32 - 1)
 
 
-def nearest(value: object, choices: Iterable[str]) -> str:
+def nearest(value: object, choices: Iterable[str | None]) -> str:
     """A hint such as `" Did you mean 'silu'?"`, empty if nothing is close."""
-    close = difflib.get_close_matches(str(value), list(choices), n=1)
+    close = difflib.get_close_matches(
+        str(value), [c for c in choices if c is not None], n=1
+    )
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Iterable[str | None]) -> None:
     """Raise `ValueError` unless `value` is one of `choices`; name the nearest."""
     choices = tuple(choices)
     if value not in choices:

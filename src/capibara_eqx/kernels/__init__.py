@@ -5,6 +5,17 @@ from ._implementations import Implementation as Implementation
 from ._implementations import check_implementation as check_implementation
 from ._implementations import implementations as implementations
 from ._linear_recurrence import linear_recurrence as linear_recurrence
+from ._quant_matmul import Packing as Packing
+from ._quant_matmul import decode_codes as decode_codes
+from ._quant_matmul import pack_codes as pack_codes
+from ._quant_matmul import pack_trits as pack_trits
+from ._quant_matmul import packed_size as packed_size
+from ._quant_matmul import packed_trits_size as packed_trits_size
+from ._quant_matmul import quant_matmul as quant_matmul
+from ._quant_matmul import round_tokens as round_tokens
+from ._quant_matmul import spread_groups as spread_groups
+from ._quant_matmul import unpack_codes as unpack_codes
+from ._quant_matmul import unpack_trits as unpack_trits
 from ._selective_scan import selective_scan as selective_scan
 from ._sequence_parallel import sharded_causal_conv as sharded_causal_conv
 from ._sequence_parallel import sharded_linear_recurrence as sharded_linear_recurrence

@@ -7,6 +7,7 @@ from ._causal_conv import api as causal_conv
 from ._dispatch import check_names
 from ._experts import api as experts
 from ._linear_recurrence import api as linear_recurrence
+from ._quant_matmul import api as quant_matmul
 from ._selective_scan import api as selective_scan
 from ._ssd import api as ssd
 
@@ -18,6 +19,7 @@ _OPERATIONS: Mapping[str, Any] = {
     "causal_conv": causal_conv,
     "experts": experts,
     "attention": attention,
+    "quant_matmul": quant_matmul,
 }
 
 

@@ -4,6 +4,7 @@ from ._attention_mode import AttentionMode as AttentionMode
 from ._bidirectional import Bidirectional as Bidirectional
 from ._byte_embedding import ByteEmbedding as ByteEmbedding
 from ._causal_conv import causal_conv as causal_conv
+from ._compressed_conv import CompressedConv as CompressedConv
 from ._compute_dtype import cast_for_compute as cast_for_compute
 from ._conv1d_block import Conv1DBlock as Conv1DBlock
 from ._conv1d_block import Conv1DCache as Conv1DCache

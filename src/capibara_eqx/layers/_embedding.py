@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Integer, PRNGKeyArray
 
+from ..arrays import apply_weight
 from ..internal import check_ids, check_last_axis, check_size
 
 
@@ -73,9 +74,9 @@ class Embedding(eqx.Module):
         del key
         check_ids("Embedding", "tokens", tokens)
         tokens = tokens.astype(jnp.int32)
-        # A negative id would count from the end of the table.
-        tokens = jnp.where(tokens < 0, self.num_embeddings, tokens)
-        return jnp.take(self.weight, tokens, axis=0, mode="fill")
+        inside = (tokens >= 0) & (tokens < self.num_embeddings)
+        rows = self.weight[jnp.where(inside, tokens, 0)]
+        return jnp.where(inside[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
 
     def attend(
         self, x: Float[Array, "*batch embedding_size"]
@@ -98,4 +99,4 @@ class Embedding(eqx.Module):
         `ValueError` if the last axis of `x` is not `embedding_size` long.
         """
         check_last_axis("Embedding.attend", "x", x, self.embedding_size)
-        return x @ self.weight.astype(x.dtype).T
+        return apply_weight(self.weight, x)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
+from ..arrays import apply_weight
 from ..internal import check_last_axis, check_size
 
 
@@ -83,7 +84,7 @@ class Linear(eqx.Module):
         """
         del key
         check_last_axis("Linear", "x", x, self.in_features)
-        y = x @ self.weight.astype(x.dtype).T
+        y = apply_weight(self.weight, x)
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
         return y

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
+from ..arrays import apply_weight
 from ..internal import (
     NO_STEP,
     accumulate,
@@ -255,7 +256,7 @@ class Mamba(AbstractSequenceMixer):
         u, conv = self.conv.prefill(u, cache.conv, segment_ids=segment_ids)
         ends = [self.dt_rank, self.dt_rank + self.d_state]
         delta, B, C = jnp.split(self.x_proj(u), ends, axis=-1)
-        delta = delta @ self.dt_proj.weight.astype(x.dtype).T
+        delta = apply_weight(self.dt_proj.weight, delta)
         reset = None
         if segment_ids is not None:
             valid = segment_ids[..., None] >= 0

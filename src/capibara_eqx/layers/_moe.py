@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
+from ..arrays import as_array
 from ..internal import (
     accumulate,
     check_choice,
@@ -214,9 +215,9 @@ class MoE(eqx.Module):
             x,
             routing.indices,
             routing.weights,
-            self.gate,
-            self.up,
-            self.down,
+            as_array(self.gate),
+            as_array(self.up),
+            as_array(self.down),
             gate_bias=self.gate_bias,
             up_bias=self.up_bias,
             down_bias=self.down_bias,

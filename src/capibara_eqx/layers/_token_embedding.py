@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Integer, PRNGKeyArray
 
+from ..arrays import as_array
 from ..internal import (
     accumulate,
     check_choice,
@@ -122,7 +123,7 @@ class TokenEmbedding(eqx.Module):
     @property
     def weight(self) -> Float[Array, "vocab d_model"]:
         """The vectors of the ids, `(vocab_size, d_model)`."""
-        return self.table.weight
+        return as_array(self.table.weight)
 
     @property
     def max_len(self) -> int | None:

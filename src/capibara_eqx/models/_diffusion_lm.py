@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray
 
+from ..arrays import as_array
 from ..internal import (
     accumulate,
     check_ids,
@@ -215,7 +216,7 @@ def _generate(model, head, prompt, segment_ids, values, max_new_tokens, top_k):
 
     def choose(x, key):
         from_key, head_key, model_key = jax.random.split(key, 3)
-        by_head = head.sample_token(x, _table(model).weight, key=head_key)
+        by_head = head.sample_token(x, as_array(_table(model).weight), key=head_key)
         scores = model.scores(x)
         by_model = sample_logits(scores, temperature, top_k, top_p, model_key)
         from_head = jax.random.bernoulli(from_key, share, by_head.shape)

@@ -1,0 +1,14 @@
+from ._affine import Affine as Affine
+from ._affine_array import AffineArray as AffineArray
+from ._compress import Spec as Spec
+from ._compress import compress as compress
+from ._fake_quant_array import FakeQuantArray as FakeQuantArray
+from ._nm import NM as NM
+from ._nm import nm_mask as nm_mask
+from ._sparse_array import SparseArray as SparseArray
+from ._ternary import Ternary as Ternary
+from ._ternary_array import TernaryArray as TernaryArray
+from ._weight import AbstractWeight as AbstractWeight
+from ._weight import apply_weight as apply_weight
+from ._weight import as_array as as_array
+from ._weight import is_weight as is_weight

@@ -1,0 +1,117 @@
+from typing import Any, Self
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, UInt8
+
+from ..kernels import decode_codes, pack_codes, quant_matmul, unpack_codes
+from ._affine import Affine, affine_codes, affine_steps
+from ._weight import AbstractWeight
+
+
+class AffineArray(AbstractWeight):
+    r"""A weight as packed codes of a few bits, steps and zero points; see `Affine`.
+
+    - `codes`: as `kernels.pack_codes` packs them, `(*stack, out, bytes)`.
+    - `scale`: the steps, `(*stack, rows, groups)`.
+    - `zero`: the zero points, packed likewise along the groups, or `None`.
+
+    !!! example
+
+        ```python
+        weight = AffineArray.compress(linear.weight, Affine(4, group_size=64))
+        y = weight @ x                                 # (out,)
+        ```
+    """
+
+    codes: UInt8[Array, "*stack out bytes"]
+    scale: Float[Array, "*stack rows groups"]
+    zero: UInt8[Array, "*stack rows zero_bytes"] | None
+    spec: Affine = eqx.field(static=True)
+    in_features: int = eqx.field(static=True)
+    dtype: jnp.dtype = eqx.field(static=True)
+
+    @classmethod
+    def compress(
+        cls,
+        weight: Float[Array, "*stack out in"],
+        spec: Affine,
+        step: Float[Array, "*stack rows groups"] | None = None,
+    ) -> Self:
+        """The nearest codes to a weight.
+
+        **Arguments:**
+
+        - `weight`: `(*stack, out, in)`.
+        - `spec`: how to round it.
+        - `step`: of every group, as training learned it; calibrated if not given.
+
+        !!! example
+
+            ```python
+            weight = AffineArray.compress(jnp.ones((3, 5)), Affine(8))
+            ```
+        """
+        scale, zero = affine_steps(weight, spec)
+        if step is not None:
+            smallest = jnp.finfo(step.dtype).tiny
+            scale = jnp.maximum(jnp.abs(step), smallest).astype(scale.dtype)
+        codes = affine_codes(weight, scale, zero, spec)
+        return cls.from_codes(codes, scale, zero, spec, weight.dtype)
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: UInt8[Array, "*stack out in"],
+        scale: Float[Array, "*stack rows groups"],
+        zero: UInt8[Array, "*stack rows groups"] | None,
+        spec: Affine,
+        dtype: Any,
+    ) -> Self:
+        """Codes, steps and zero points that something else found, packed."""
+        return cls(
+            codes=pack_codes(codes, spec.bits),
+            scale=scale,
+            zero=None if zero is None else pack_codes(zero, spec.bits),
+            spec=spec,
+            in_features=codes.shape[-1],
+            dtype=jnp.dtype(dtype),
+        )
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.codes.shape[:-1], self.in_features)
+
+    @property
+    def zero_points(self) -> UInt8[Array, "*stack rows groups"] | None:
+        """The zero points, one by one."""
+        if self.zero is None:
+            return None
+        return unpack_codes(self.zero, self.spec.bits, self.scale.shape[-1])
+
+    def dense(self) -> Float[Array, "*stack out in"]:
+        packing = self.spec.packing(self.in_features)
+        matrix = decode_codes(self.codes, self.scale, self.zero_points, packing)
+        return matrix.astype(self.dtype)
+
+    def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        return quant_matmul(
+            x,
+            self.codes,
+            self.scale,
+            self.zero_points,
+            bits=self.spec.bits,
+            group_size=self.spec.group_size,
+            activations=self.spec.activations,
+        )
+
+    def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
+        of_groups = jnp.zeros_like(index) if self.scale.shape[0] == 1 else index
+        zero = self.zero_points
+        row = decode_codes(
+            self.codes[index],
+            self.scale[of_groups],
+            None if zero is None else zero[of_groups],
+            self.spec.packing(self.in_features),
+        )
+        return row.astype(self.dtype)

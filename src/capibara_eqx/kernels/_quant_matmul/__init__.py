@@ -1,0 +1,11 @@
+from ._codes import pack_codes as pack_codes
+from ._codes import pack_trits as pack_trits
+from ._codes import packed_size as packed_size
+from ._codes import packed_trits_size as packed_trits_size
+from ._codes import unpack_codes as unpack_codes
+from ._codes import unpack_trits as unpack_trits
+from ._decode import Packing as Packing
+from ._decode import decode_codes as decode_codes
+from ._decode import spread_groups as spread_groups
+from ._operands import round_tokens as round_tokens
+from .api import quant_matmul as quant_matmul

@@ -1,0 +1,126 @@
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from ...internal import check_choice, check_size
+from .._checks import check_shape
+from .._dispatch import dispatch
+from . import reference, xla
+from ._codes import check_bits, packed_size
+from ._decode import Packing
+from ._operands import Operands
+from ._product import product
+
+
+BACKENDS = {"xla": xla.quant_matmul, "reference": reference.quant_matmul}
+ACTIVATIONS = (None, "int8")
+# The longest sum of products of eight bits by eight that 32 bits hold for certain.
+_LONGEST = 2**31 // (127 * 255)
+
+
+def quant_matmul(
+    x: Float[Array, "*batch in"],
+    codes: UInt8[Array, "out bytes"],
+    scale: Float[Array, "rows groups"],
+    zero: UInt8[Array, "rows groups"] | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    activations: str | None = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "*batch out"]:
+    r"""A product with a matrix that is kept as packed codes.
+
+    $$y = x\, \hat W^T, \quad \hat W_{oi} = s_{og}\, (c_{oi} - z_{og}), \quad
+    g = \lfloor i / \mathrm{group\_size} \rfloor$$
+
+    With `activations="int8"` every token is rounded to eight bits first,
+    $\hat x = \mathrm{round}(x / \sigma)\,\sigma$ with $\sigma = \max|x| / 127$, and
+    products are summed as whole numbers of 32 bits. Jacob et al., *Quantization and
+    Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, arXiv
+    1712.05877; ternary matrices (`bits=2`, codes 1 to 3) with such tokens are those of
+    Ma et al., *The Era of 1-bit LLMs*, arXiv 2402.17764.
+
+    Differentiable any number of times, forward and reverse, in `x` and `scale`; through
+    the rounding of tokens as if it were not there. Works under `jit`, `vmap`, `scan`
+    and `checkpoint`.
+
+    **Arguments:**
+
+    - `x`: `(*batch, in)`.
+    - `codes`: as packed by `pack_codes`, `(out, packed_size(in, bits))`.
+    - `scale`: the step of every group, `(rows, groups)` with `rows` either `out` or 1,
+        which serves all rows.
+    - `zero`: the code that stands for zero, like `scale`; $2^{b-1}$ if not given.
+    - `bits`: of a code, 2 to 8.
+    - `group_size`: neighbours along `in` that share a scale; all of them if not given.
+        The last group may be shorter.
+    - `activations`: `None`, or `"int8"`.
+    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
+        which the first that can is used.
+
+    **Returns:**
+
+    `(*batch, out)`, in the dtype of `x`. Sums are carried in float32 or wider.
+
+    **Raises:**
+
+    `ValueError` naming the argument that does not fit, or an unknown implementation.
+
+    !!! example
+
+        ```python
+        ternary = jnp.array([[1, 2, 3, 3], [2, 1, 1, 3]], jnp.uint8)  # -1, 0 and 1
+        scale = jnp.full((1, 1), 0.8)
+        y = quant_matmul(jnp.ones((5, 4)), pack_codes(ternary, 2), scale, bits=2)
+        ```
+    """
+    packing = _packing(x, codes, bits, group_size)
+    rows = scale.shape[0] if scale.ndim == 2 else 0
+    if rows not in (1, codes.shape[0]) or scale.shape != (rows, packing.groups):
+        raise ValueError(
+            f"quant_matmul: `scale` must have shape ({codes.shape[0]} or 1, "
+            f"{packing.groups}), a row for every row of the matrix or one for all and "
+            f"a column a group, got {scale.shape}."
+        )
+    check_shape("quant_matmul", "zero", zero, scale.shape, "the shape of `scale`")
+    check_choice("activations", activations, ACTIVATIONS)
+    if activations is not None and packing.size > _LONGEST:
+        raise ValueError(
+            f"quant_matmul: sums of {packing.size} products of eight bits may not fit "
+            f"in 32; `activations='int8'` takes up to {_LONGEST} inputs. Leave it out."
+        )
+    tokens = math.prod(x.shape[:-1])
+    shape = (*x.shape[:-1], codes.shape[0])
+    if tokens == 0:
+        return jnp.zeros(shape, x.dtype)
+    operands = Operands(x.reshape(tokens, packing.size), codes, scale, None)
+
+    def run(whole, packing, activations):
+        return dispatch(
+            "quant_matmul", BACKENDS, implementation, whole, packing, activations
+        )
+
+    y = product(operands, zero, run, packing, activations)
+    return y.reshape(shape).astype(x.dtype)
+
+
+def _packing(x, codes, bits, group_size) -> Packing:
+    check_bits(bits, least=2)
+    if group_size is not None:
+        check_size("group_size", group_size)
+    if x.ndim == 0 or codes.ndim != 2:
+        raise ValueError(
+            "quant_matmul: `x` must have shape (*batch, in) and `codes` (out, bytes), "
+            f"got {x.shape} and {codes.shape}."
+        )
+    expected = packed_size(x.shape[-1], bits)
+    if codes.shape[-1] != expected:
+        raise ValueError(
+            f"quant_matmul: `codes` must have {expected} bytes a row for the "
+            f"{x.shape[-1]} inputs of `x` at {bits} bits each, got {codes.shape}. "
+            "Do `bits` and the width of `x` fit the packed matrix?"
+        )
+    return Packing(bits, x.shape[-1], group_size)

@@ -1,0 +1,12 @@
+from ..arrays import NM as NM
+from ..arrays import Affine as Affine
+from ..arrays import Ternary as Ternary
+from ._quantize import convert as convert
+from ._quantize import dequantize as dequantize
+from ._quantize import prepare_qat as prepare_qat
+from ._quantize import quantize as quantize
+from ._report import Entry as Entry
+from ._report import Report as Report
+from ._report import report as report
+from ._rules import Rule as Rule
+from ._trainable import trainable_spec as trainable_spec
