@@ -114,7 +114,7 @@ def test_generate_and_info_take_the_compressed_run(compressed, capsys):
     assert capsys.readouterr().out.startswith("12 and")
     assert main(["info", str(out)]) == 0
     shown = capsys.readouterr().out
-    assert "ternary" in shown and "as trained" in shown and "times smaller" in shown
+    assert all(words in shown for words in ("ternary", "as trained", "times smaller"))
 
 
 def test_a_compressed_run_is_not_trained_or_compressed_again(compressed, rules, capsys):

@@ -261,7 +261,7 @@ def _from_range(low, high, dtype, spec):
 def _step(step, dtype, spec):
     stored = jnp.dtype(spec.scale_dtype or dtype)
     # Values too small for a step of their own are all the code of zero.
-    smallest = jnp.finfo(stored).tiny
+    smallest = float(jnp.finfo(stored).tiny)
     return jnp.where(step >= smallest, step, 1).astype(stored)
 
 

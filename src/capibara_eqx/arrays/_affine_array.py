@@ -108,10 +108,11 @@ class AffineArray(AbstractWeight):
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
         of_groups = jnp.zeros_like(index) if self.scale.shape[0] == 1 else index
         zero = self.zero_points
+        # Each row is a matrix of one row, with its own step.
         row = decode_codes(
-            self.codes[index],
-            self.scale[of_groups],
-            None if zero is None else zero[of_groups],
+            self.codes[index][..., None, :],
+            self.scale[of_groups][..., None, :],
+            None if zero is None else zero[of_groups][..., None, :],
             self.spec.packing(self.in_features),
         )
-        return row.astype(self.dtype)
+        return row[..., 0, :].astype(self.dtype)

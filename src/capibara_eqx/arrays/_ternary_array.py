@@ -110,10 +110,10 @@ class TernaryArray(AbstractWeight):
         return matrix.astype(self.dtype)
 
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
-        scale = self.scale[jnp.zeros_like(index)]
-        packing = Packing(_BITS, self.in_features)
-        row = decode_codes(self.two_bits[index], scale, None, packing)
-        return row.astype(self.dtype)
+        codes = self.two_bits[index][..., None, :]
+        scale = self.scale[jnp.zeros_like(index)][..., None, :]
+        row = decode_codes(codes, scale, None, Packing(_BITS, self.in_features))
+        return row[..., 0, :].astype(self.dtype)
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return quant_matmul(
