@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, UInt8
 
 from ..kernels import decode_codes, pack_codes, quant_matmul, unpack_codes
-from ._affine import Affine, affine_codes, affine_steps
-from ._weight import AbstractWeight
+from ._affine import Affine, affine_codes, affine_steps, positive_step
+from ._weight import AbstractWeight, take_rows
 
 
 class AffineArray(AbstractWeight):
@@ -54,8 +54,7 @@ class AffineArray(AbstractWeight):
         """
         scale, zero = affine_steps(weight, spec)
         if step is not None:
-            smallest = jnp.finfo(step.dtype).tiny
-            scale = jnp.maximum(jnp.abs(step), smallest).astype(scale.dtype)
+            scale = positive_step(step).astype(scale.dtype)
         codes = affine_codes(weight, scale, zero, spec)
         return cls.from_codes(codes, scale, zero, spec, weight.dtype)
 
@@ -106,13 +105,4 @@ class AffineArray(AbstractWeight):
         )
 
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
-        of_groups = jnp.zeros_like(index) if self.scale.shape[0] == 1 else index
-        zero = self.zero_points
-        # Each row is a matrix of one row, with its own step.
-        row = decode_codes(
-            self.codes[index][..., None, :],
-            self.scale[of_groups][..., None, :],
-            None if zero is None else zero[of_groups][..., None, :],
-            self.spec.packing(self.in_features),
-        )
-        return row[..., 0, :].astype(self.dtype)
+        return take_rows(self, index)

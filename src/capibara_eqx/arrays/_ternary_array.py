@@ -12,7 +12,7 @@ from ..kernels import (
     unpack_trits,
 )
 from ._ternary import Ternary, ternary_codes
-from ._weight import AbstractWeight
+from ._weight import AbstractWeight, take_rows
 
 
 _BITS = 2
@@ -110,10 +110,7 @@ class TernaryArray(AbstractWeight):
         return matrix.astype(self.dtype)
 
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
-        codes = self.two_bits[index][..., None, :]
-        scale = self.scale[jnp.zeros_like(index)][..., None, :]
-        row = decode_codes(codes, scale, None, Packing(_BITS, self.in_features))
-        return row[..., 0, :].astype(self.dtype)
+        return take_rows(self, index)
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return quant_matmul(

@@ -125,3 +125,16 @@ def is_weight(node: Any) -> bool:
 def straight_through(value: Array, through: Array) -> Array:
     """`value`, to the bit, with the derivatives of `through`."""
     return through - jax.lax.stop_gradient(through) + jax.lax.stop_gradient(value)
+
+
+def take_rows(
+    weight: AbstractWeight, index: Integer[Array, "*batch"]
+) -> Float[Array, "*batch in"]:
+    """Rows of a matrix whose parts have a row for each of its rows, or one for all."""
+
+    def take(part):
+        at = jnp.zeros_like(index) if part.shape[0] == 1 else index
+        return part[at][..., None, :]
+
+    # Each is a matrix of one row.
+    return jax.tree.map(take, weight).dense()[..., 0, :]
