@@ -64,7 +64,7 @@ def test_a_wrong_argument_is_named(name, value, words, jitted):
     def run(arrays):
         return quant_matmul(**arrays, **fixed)
 
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=words[0]) as caught:
         (jax.jit(run) if jitted else run)(arrays)
     for word in words:
         assert word in str(caught.value)
@@ -111,7 +111,7 @@ PACKED = jnp.ones((2, 3), jnp.uint8)
     ],
 )
 def test_packing_names_the_wrong_argument(call, words):
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=words[0]) as caught:
         call()
     for word in words:
         assert word in str(caught.value)

@@ -1,4 +1,4 @@
-"""Packed codes and products with them as NumPy loops in float64, from the docstrings."""
+"""Packed codes, and products with them, as NumPy loops in float64."""
 
 import numpy as np
 
