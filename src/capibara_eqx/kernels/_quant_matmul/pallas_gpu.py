@@ -122,6 +122,8 @@ def _body(form: Form, x_ref, codes_ref, scale_ref, y_ref):
     size = _planes.group_bytes(form.packing)
 
     def step(chunk, sums):
+        # It has 64 bits where those are enabled.
+        chunk = chunk.astype(jnp.int32)
         lanes = pl.ds(chunk * span, span)
         packed = codes_ref[:, lanes].astype(jnp.int32)
         planes = [
@@ -142,6 +144,4 @@ def _body(form: Form, x_ref, codes_ref, scale_ref, y_ref):
         return sums
 
     sums = jnp.zeros((form.tokens, form.rows), jnp.float32)
-    # Typed, lest they have 64 bits where those are enabled.
-    ends = np.int32(0), np.int32(form.width // span)
-    y_ref[...] = lax.fori_loop(*ends, step, sums)
+    y_ref[...] = lax.fori_loop(0, form.width // span, step, sums)
