@@ -199,7 +199,8 @@ def _columns(codes, count):
     missing = -codes.shape[-1] % count
     if missing:
         codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, missing)])
-    rows = codes.reshape(*codes.shape[:-1], -1, count)
+    # Not -1, of which no number follows for a batch without elements.
+    rows = codes.reshape(*codes.shape[:-1], codes.shape[-1] // count, count)
     return [rows[..., i] for i in range(count)]
 
 

@@ -7,14 +7,19 @@ from jaxtyping import Array, Float, UInt8
 from ...internal import check_choice, check_size
 from .._checks import check_shape
 from .._dispatch import dispatch
-from . import reference, xla
+from . import fused, reference, xla
 from ._codes import check_bits, packed_size
 from ._decode import Packing
 from ._operands import Operands
 from ._product import product
 
 
-BACKENDS = {"xla": xla.quant_matmul, "reference": reference.quant_matmul}
+BACKENDS = {
+    **{name: fused.implementation(name) for name in fused.NAMES},
+    "xla": xla.quant_matmul,
+    "reference": reference.quant_matmul,
+}
+_DEFAULT = {"fused": fused.implementation(None), "xla": xla.quant_matmul}
 ACTIVATIONS = (None, "int8")
 # The longest sum of products of eight bits by eight that 32 bits hold for certain.
 _LONGEST = 2**31 // (127 * 255)
@@ -58,8 +63,10 @@ def quant_matmul(
     - `group_size`: neighbours along `in` that share a scale; all of them if not given.
         The last group may be shorter.
     - `activations`: `None`, or `"int8"`.
-    - `implementation`: `"xla"` (default), `"reference"`, or a sequence of names of
-        which the first that can is used.
+    - `implementation`: `"pallas_tpu"` and `"pallas_gpu"`, both for codes of 2, 4 and 8
+        bits, `"xla"`, `"reference"`, or a sequence of names of which the first that can
+        is used; by default the fused kernel of the platform, and XLA where there is
+        none or it cannot.
 
     **Returns:**
 
@@ -68,6 +75,8 @@ def quant_matmul(
     **Raises:**
 
     `ValueError` naming the argument that does not fit, or an unknown implementation.
+    `NotImplementedError` with the reason if the implementation that was named cannot
+    serve.
 
     !!! example
 
@@ -99,8 +108,9 @@ def quant_matmul(
     operands = Operands(x.reshape(tokens, packing.size), codes, scale, None)
 
     def run(whole, packing, activations):
+        arguments = (whole, packing, activations)
         return dispatch(
-            "quant_matmul", BACKENDS, implementation, whole, packing, activations
+            "quant_matmul", BACKENDS, implementation, *arguments, default=_DEFAULT
         )
 
     y = product(operands, zero, run, packing, activations)

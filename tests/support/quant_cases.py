@@ -1,0 +1,74 @@
+"""Packed products that tests run: their arguments, and how they are called."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from support import quant_oracle as oracle
+from support.derivatives import quick_jit
+
+from capibara_eqx.kernels import quant_matmul
+from capibara_eqx.kernels._quant_matmul.specs import Spec
+
+
+def arguments(
+    spec: Spec, batch: tuple[int, ...] | None = None, seed: int = 0, rows: int = 0
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Float64 `x` and `scale`, and the integers; a scale for every row if not given.
+
+    A batch, if given, stands for the tokens of the spec.
+    """
+    rng = np.random.default_rng(seed)
+    least = 1 if spec.bits == 2 else 0
+    shape = (spec.out_features, spec.in_features)
+    codes = rng.integers(least, 2**spec.bits, shape)
+    size = spec.group_size or spec.in_features
+    groups = (rows or spec.out_features, -(-spec.in_features // size))
+    batch = (spec.tokens,) if batch is None else batch
+    smooth = {
+        "x": rng.standard_normal((*batch, spec.in_features)),
+        "scale": rng.uniform(0.2, 1.0, groups) / 2**spec.bits,
+    }
+    fixed = {"codes": np.stack([oracle.pack(row, spec.bits) for row in codes])}
+    if spec.zero:
+        fixed["zero"] = rng.integers(0, 2**spec.bits, groups).astype(np.uint8)
+    return smooth, fixed
+
+
+def static(spec: Spec) -> dict[str, Any]:
+    return {
+        "bits": spec.bits,
+        "group_size": spec.group_size,
+        "activations": spec.activations,
+    }
+
+
+def run(spec: Spec, implementation: str | None, smooth: Any, fixed: Any) -> jax.Array:
+    known = {name: jnp.asarray(values) for name, values in fixed.items()}
+    options = static(spec) | {"implementation": implementation}
+    return quant_matmul(smooth["x"], scale=smooth["scale"], **known, **options)
+
+
+@functools.cache
+def compiled(spec: Spec, implementation: str | None = None) -> Any:
+    """`run` of a spec, compiled."""
+    return quick_jit(functools.partial(run, spec, implementation))
+
+
+def expected(spec: Spec, smooth: Any, fixed: Any) -> np.ndarray:
+    """By the loop, of the very numbers that the library got."""
+    scale = np.asarray(smooth["scale"], np.float64)
+    return oracle.quant_matmul(smooth["x"], scale=scale, **fixed, **static(spec))
+
+
+def narrow(smooth: Any, dtype: str = "float32") -> dict[str, jax.Array]:
+    return {name: jnp.asarray(values, dtype) for name, values in smooth.items()}
+
+
+def terms(spec: Spec, smooth: Any) -> float:
+    """How large the products that one output adds up may be."""
+    scale = np.max(np.abs(np.asarray(smooth["scale"], np.float64)))
+    x = np.max(np.abs(np.asarray(smooth["x"], np.float64)))
+    return float(scale * x * 2**spec.bits)
