@@ -46,7 +46,7 @@ class Settings:
     d_state: int = 16
     held_out: int = 512
     seeds: tuple[int, ...] = (0,)
-    schedule: Schedule = Schedule(7000, 32, 3e-3)
+    schedule: Schedule = Schedule(10_000, 32, 3e-3)
 
 
 QUICK = Settings(12, 3, 6, 8, 1, 4, 8, (0,), Schedule(2, 4, 1e-3, evaluations=2))
