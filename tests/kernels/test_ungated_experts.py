@@ -16,8 +16,9 @@ from capibara_eqx.kernels import experts
 
 
 IMPLEMENTATIONS = ("ragged", "dense", "scan", "gather", "reference", "capacity")
+# The others differ from what they are with a gate by one product less.
 DERIVATIVES = [
-    name if name in ("ragged", "gather") else pytest.param(name, marks=pytest.mark.slow)
+    name if name == "gather" else pytest.param(name, marks=pytest.mark.slow)
     for name in IMPLEMENTATIONS
 ]
 
@@ -100,9 +101,9 @@ def test_derivatives(check, implementation):
 
 
 @given(
-    tokens=st.sampled_from([1, 2, 5, 7, 12]),
+    tokens=st.sampled_from([1, 5, 12]),
     count=st.sampled_from([1, 3, 9]),
-    top_k=st.sampled_from([1, 2, 4]),
+    top_k=st.sampled_from([1, 4]),
     seed=st.integers(0, 2**32 - 1),
 )
 def test_any_number_of_tokens_is_gathered_in_any_number_of_parts(

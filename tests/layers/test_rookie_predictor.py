@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import predictor_oracle
 from support.derivatives import check_first_order, check_second_order
@@ -75,6 +75,7 @@ def expected(layer, x):
 
 
 @given(seed=seeds, min_correlation=st.sampled_from([0.0, 0.6, 0.8]), max_angle=angles)
+@settings(max_examples=50)
 def test_the_fit_is_that_of_the_loops(seed, min_correlation, max_angle):
     layer, samples = make(seed, max_angle, min_correlation)
     linear = layer.linear
@@ -88,6 +89,7 @@ def test_the_fit_is_that_of_the_loops(seed, min_correlation, max_angle):
 
 
 @given(seed=seeds, max_angle=angles)
+@settings(max_examples=50)
 def test_whoever_follows_has_its_leader_within_the_angle(seed, max_angle):
     layer, _ = make(seed, max_angle, min_correlation=0.6)
     leader, weight = np.asarray(layer.leader), wide(layer.linear.weight)
@@ -107,6 +109,7 @@ def test_whoever_follows_has_its_leader_within_the_angle(seed, max_angle):
     threshold=st.sampled_from([-1.0, 0.0, 0.7, np.inf]),
     max_angle=angles,
 )
+@settings(max_examples=50)
 def test_outputs_and_what_is_counted(seed, threshold, max_angle):
     layer, _ = make(seed, max_angle)
     layer = with_threshold(layer, float(threshold))
@@ -130,6 +133,7 @@ def test_some_of_the_outputs_are_skipped_and_few_are_wrong():
 
 
 @given(seed=seeds)
+@settings(max_examples=50)
 def test_a_smaller_threshold_or_angle_skips_less(seed):
     layer, _ = make(seed, 120.0)
     x = random((7, 5), seed + 1)
@@ -159,6 +163,7 @@ def test_what_skips_nothing_is_the_exact_relu(dtype):
 
 
 @given(seed=seeds)
+@settings(max_examples=50)
 def test_neurons_of_one_direction_are_never_wrong(seed):
     """With the same sign their products are zero together, whatever the bits say."""
     rng = np.random.default_rng(seed)

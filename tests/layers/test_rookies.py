@@ -67,9 +67,8 @@ def same_routing(got, want):
     close(got.z_loss, z)
 
 
-@each
-@given(seed=seeds)
-@settings(max_examples=10)
+@given(name=st.sampled_from([*OPTIONS]), seed=seeds)
+@settings(max_examples=60)
 def test_values_and_losses(name, seed):
     layer, x = make(seed, **OPTIONS[name]), random((7, 3), seed)
     y, routing = compiled()(layer, x)
@@ -85,18 +84,20 @@ def test_values_and_losses(name, seed):
     assert routing.dropped == 0
 
 
-@pytest.mark.parametrize("name", ["softmax", "heads"])
-@pytest.mark.parametrize(
-    "implementation", ["ragged", "gather", "scan", "dense", "reference"]
+@given(
+    name=st.sampled_from(["softmax", "heads"]),
+    implementation=st.sampled_from(["ragged", "gather", "scan", "dense", "reference"]),
+    seed=seeds,
 )
-def test_every_implementation_is_the_loop(name, implementation):
-    layer = make(**OPTIONS[name], implementation=implementation)
-    x = random((7, 3))
+@settings(max_examples=50)
+def test_every_implementation_is_the_loop(name, implementation, seed):
+    layer = make(seed, **OPTIONS[name], implementation=implementation)
+    x = random((7, 3), seed)
     close(compiled()(layer, x)[0], rookies(layer, x)[0])
 
 
-@pytest.mark.parametrize("name", ["softmax", "product_key"])
-@given(seed=seeds)
+@given(name=st.sampled_from(["softmax", "product_key"]), seed=seeds)
+@settings(max_examples=50)
 def test_all_rookies_are_the_dense_mixture(name, seed):
     options = OPTIONS[name]
     layer = make(seed, **(options | {"top_k": options["num_rookies"]}))
@@ -115,6 +116,7 @@ def test_all_rookies_are_the_dense_mixture(name, seed):
 
 
 @given(seed=seeds, name=st.sampled_from(["softmax", "heads"]))
+@settings(max_examples=50)
 def test_the_names_of_rookies_and_the_order_of_tokens_do_not_matter(seed, name):
     layer, x = make(seed, **OPTIONS[name]), random((7, 3), seed)
     rng = np.random.default_rng(seed)
@@ -333,7 +335,9 @@ def test_a_shard_of_the_tokens_is_routed_by_itself(axis_type):
     """The mean of losses over devices, and gradients, inside `shard_map`."""
     devices = min(2, len(jax.devices()))
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(axis_type,))
-    layer, x = make(**OPTIONS["heads"]), random((6, 3))
+    # Not gelu, whose gradient jax 0.12.0 refuses inside `shard_map`.
+    layer = make(**OPTIONS["heads"], activation="silu")
+    x = random((6, 3))
     parts = jnp.split(x, devices)
 
     def own(layer, x):
