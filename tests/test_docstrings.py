@@ -91,6 +91,7 @@ LONG = (
     "LinearSSM",
     "Mamba2",
     "Mamba3",
+    "MixtureOfRookies",
     "S4",
     "S4D",
     "S5",

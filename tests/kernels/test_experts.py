@@ -27,7 +27,7 @@ from capibara_eqx.kernels._experts.specs import TEST_SPECS, Spec
 
 
 # By name, with the capacity at which it drops nothing, if it has one.
-DROPLESS = ("ragged", "dense", "scan", "reference")
+DROPLESS = ("ragged", "dense", "scan", "gather", "reference")
 IMPLEMENTATIONS = (*DROPLESS, "capacity")
 BIASES = ("gate_bias", "up_bias", "down_bias")
 
@@ -194,7 +194,7 @@ def test_vmap_of_derivatives_with_weights_of_each_row():
     check_vmap_of_derivatives(function, oracle, [point, other])
 
 
-@pytest.mark.parametrize("implementation", ["ragged", "scan", "capacity"])
+@pytest.mark.parametrize("implementation", ["ragged", "scan", "gather", "capacity"])
 @pytest.mark.parametrize("own", ["tokens", "indices", "experts", "everything"])
 def test_vmap(own, implementation):
     points = [arguments(SMALL, seed=seed) for seed in range(3)]

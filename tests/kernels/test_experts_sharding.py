@@ -47,17 +47,18 @@ def placer(mesh):
     return place
 
 
+AUTO = ("ragged", "scan", "gather", "dense", "capacity")
 # The axes that sorting minds, with what sorts; the others are alike.
 EXPLICIT = [
     pytest.param(name, AxisType.Explicit, marks=pytest.mark.slow)
-    for name in ("scan", "dense", "capacity")
+    for name in ("scan", "gather", "dense", "capacity")
 ]
 
 
 @pytest.mark.parametrize(
     ("implementation", "axis_type"),
     [
-        *[(name, AxisType.Auto) for name in ("ragged", "scan", "dense", "capacity")],
+        *[(name, AxisType.Auto) for name in AUTO],
         ("ragged", AxisType.Explicit),
         *EXPLICIT,
     ],
@@ -99,7 +100,9 @@ def test_gradient_of_tokens_sharded_by_type(implementation):
         check_gradient(loss, oracle, point(), place)
 
 
-@pytest.mark.parametrize("implementation", ["ragged", "reference", "capacity"])
+@pytest.mark.parametrize(
+    "implementation", ["ragged", "gather", "reference", "capacity"]
+)
 def test_what_sorts_tokens_refuses_an_explicit_axis(implementation):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
     factor = 1.0 if implementation == "capacity" else None

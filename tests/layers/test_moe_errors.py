@@ -159,13 +159,15 @@ def test_options_of_the_experts_that_do_not_fit():
         run(indices=jnp.zeros((2, 5, 2)))
     with refused("`activation`", "Did you mean 'silu'"):
         run(activation="sillu")
+    with refused("experts", "`up_bias`", "(3, 6)", "no `up`"):
+        run(up=None, up_bias=jnp.zeros((3, 6)))
     with refused("`capacity_factor`", "positive", "-2"):
         run(capacity_factor=-2.0)
     with refused("experts", "`implementation`", "'dens'", "Did you mean 'dense'"):
         run(implementation="dens")
 
 
-@pytest.mark.parametrize("name", ["ragged", "scan", "dense", "reference"])
+@pytest.mark.parametrize("name", ["ragged", "scan", "dense", "gather", "reference"])
 def test_no_use_for_a_capacity(name):
     with pytest.raises(NotImplementedError, match="no use for `capacity_factor`"):
         run(implementation=name, capacity_factor=1.0)

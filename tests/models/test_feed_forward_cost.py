@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from support.quick import filled
 
-from capibara_eqx.layers import GLU, MLP, Mamba, MoE, SwiGLU
+from capibara_eqx.layers import GLU, MLP, Mamba, MixtureOfRookies, MoE, SwiGLU
 from capibara_eqx.models import LanguageModel, TransformerBlock, model_cost
 
 
@@ -40,6 +40,7 @@ def by_compiler(layer):
         of_shape(MLP, 64, 100, "relu"),
         # Every expert is chosen, and computed.
         of_shape(MoE, 64, 4, 4, 30, shared_d_ff=50, implementation="dense"),
+        of_shape(MixtureOfRookies, 64, 4, 30, 4, "relu", implementation="dense"),
     ],
     ids=lambda layer: type(layer).__name__,
 )
@@ -55,3 +56,18 @@ def test_experts_that_are_not_chosen_cost_nothing():
         assert by_formula(layer) == router + top_k * expert
     layer = of_shape(MoE, 64, 8, 2, 30, shared_d_ff=50)
     assert by_formula(layer) == router + 2 * expert + shared
+
+
+def test_of_product_keys_all_are_read_and_their_experts_are_not():
+    experts, query, keys = (
+        2 * 3 * 2 * 2 * 64 * 5,
+        2 * 64 * 2 * 2 * 32,
+        2 * 2 * 2 * 7 * 32,
+    )
+    options = {"routing": "product_key", "n_heads": 2}
+    layer = of_shape(MixtureOfRookies, 64, 49, 5, 3, **options)
+    assert by_formula(layer) == experts + query + keys
+    layer = of_shape(MixtureOfRookies, 64, 49, 5, 3, query_norm=True, **options)
+    assert by_formula(layer) == experts + query + keys + 2 * 4 * 64
+    layer = of_shape(MixtureOfRookies, 64, 49, 5, 3)
+    assert by_formula(layer) == 2 * 64 * 49 + experts // 2

@@ -1,5 +1,7 @@
 """Transformer and hybrid language models against NumPy loops, full and cached."""
 
+from functools import partial
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from capibara_eqx.layers import (
     AttentionMode,
     DecoupledAttention,
     Mamba,
+    MixtureOfRookies,
     MoE,
     SwiGLU,
     TokenEmbedding,
@@ -128,6 +131,41 @@ def test_padding_takes_no_expert():
         assert_close(
             padded[1].balance_loss, bare[1].balance_loss, dtype="float32", length=10
         )
+
+
+@pytest.mark.parametrize(
+    "routing", [pytest.param("softmax", marks=pytest.mark.slow), "product_key"]
+)
+def test_padding_takes_no_rookie_in_a_scanned_stack(routing):
+    keys = jax.random.split(KEY, 4)
+    blocks = []
+    for k in keys[:2]:
+        rookies = MixtureOfRookies(4, 4, 3, 2, routing=routing, key=k)
+        blocks.append(TransformerBlock(Attention(4, 2, key=k), rookies, 4))
+    options = {"scan": True, "remat": "full"}
+    model = LanguageModel(VOCAB, 4, blocks, **options, key=keys[2])
+    plain = LanguageModel(VOCAB, 4, blocks, key=keys[2])
+    tokens, ids = tokens_of(1, 6), jnp.asarray([[0, 0, 0, 0, -1, -1]])
+
+    @eqx.filter_jit
+    def both(model, tokens, ids):
+        def loss(model):
+            out = model.forward(tokens, segment_ids=ids)
+            seen = jnp.where(ids[..., None] >= 0, jnp.sin(out.logits), 0)
+            return jnp.sum(seen) + sum(aux_losses(out.aux).values()), out.aux
+
+        gradient, aux = eqx.filter_grad(loss, has_aux=True)(model)
+        return gradient.embedding, aux
+
+    gradient, padded = both(model, tokens, ids)
+    want, bare = both(plain, tokens[:, :4], ids[:, :4])
+    close = partial(assert_close, dtype="float32", length=40)
+    for (_, got), (_, own) in zip(padded, bare, strict=True):
+        close(got.load, own.load)
+        close(got.balance_loss, own.balance_loss)
+        np.testing.assert_array_equal(got.active_count, [[2, 2, 2, 2, 0, 0]])
+    for got, leaf in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
+        close(got, leaf)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoidal"])

@@ -15,9 +15,11 @@ ACTIVATIONS = {
 
 
 def gated_unit(x, maps, biases, act):
-    """One token through one expert; gate, up and down come in this order."""
+    """One token through one expert; gate, up (or `None`) and down in this order."""
     gate, up, down = maps
-    hidden = act(gate @ x + biases[0]) * (up @ x + biases[1])
+    hidden = act(gate @ x + biases[0])
+    if up is not None:
+        hidden = hidden * (up @ x + biases[1])
     return down @ hidden + biases[2]
 
 
@@ -30,7 +32,7 @@ def experts(
     """The weighted sum of every token's experts, and how many choices were dropped.
 
     With `places` an expert takes no more choices: first those of rank 0, token after
-    token, then those of rank 1, and so on.
+    token, then those of rank 1, and so on. Without an `up` experts have two matrices.
     """
     a = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
     names = ("gate_bias", "up_bias", "down_bias")
@@ -45,7 +47,10 @@ def experts(
                 continue
             taken[expert] += 1
             biases = [a[name][expert] if name in a else 0 for name in names]
-            maps = [a[name][expert] for name in ("gate", "up", "down")]
+            maps = [
+                a[name][expert] if name in a else None
+                for name in ("gate", "up", "down")
+            ]
             out = gated_unit(a["x"][token], maps, biases, ACTIVATIONS[activation])
             y[token] += a["weights"][token, rank] * out
     return y, dropped

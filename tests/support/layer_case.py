@@ -20,6 +20,7 @@ class Case:
     often a value is rounded on its way through, between layers and between the parts of
     one, if not 16 times in a mixer and twice in another layer. `exact` is false for a
     mixer that reads a row by Fourier transforms, whose rounding reaches every token.
+    `fitted` are arrays that decide something, and have no gradient for it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     roundings: int | None = None
     exact: bool = True
     slow: bool = False
+    fitted: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -20,7 +20,13 @@ from support.rows import chunks as chunks
 from support.rows import packed_rows as packed_rows
 from support.rows import pieces as pieces
 from support.rows import seeds as seeds
-from support.small_layers import bidirectional, hybrid, hybrid_of_convolutions, ultra
+from support.small_layers import (
+    bidirectional,
+    hybrid,
+    hybrid_of_convolutions,
+    predictor,
+    ultra,
+)
 from support.small_state_spaces import STATE_SPACES
 from support.tolerances import assert_close
 
@@ -36,9 +42,11 @@ from capibara_eqx.layers import (
     LayerNorm,
     Linear,
     Mamba,
+    MixtureOfRookies,
     MoE,
     PatchEmbedding,
     RMSNorm,
+    RookiePredictor,
     SwiGLU,
     TokenEmbedding,
 )
@@ -52,6 +60,8 @@ from capibara_eqx.models import (
 )
 
 
+# Those that return `(y, aux)`.
+_REPORTING = (Stack, MoE, MixtureOfRookies, RookiePredictor)
 # Tokens that a cache must hold: a row, and what a test reads after it.
 ROOM = LENGTH + 2
 VOCAB = 7
@@ -97,6 +107,13 @@ _ATTENTION: dict[str, Any] = {
     "qk_norm": True,
     "use_bias": True,
 }
+_PEER: dict[str, Any] = {
+    "num_rookies": 9,
+    "rookie_size": 1,
+    "routing": "product_key",
+    "n_heads": 2,
+    "query_norm": True,
+}
 # Steps that are large enough for the states to count.
 _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "any"}
 
@@ -125,6 +142,16 @@ CASES = (
     Case("glu", partial(GLU, 5, 7, "geglu", True), 5, 12, mixer=False),
     Case("mlp", partial(MLP, 5, 7, d_out=3), 5, 12, mixer=False),
     Case("moe", partial(MoE, 5, 4, 2, 3, shared_d_ff=2), 5, 20, mixer=False),
+    Case("rookies", partial(MixtureOfRookies, 5, 4, 3), 5, 20, mixer=False),
+    Case("rookies_of_keys", partial(MixtureOfRookies, 5, **_PEER), 5, 20, mixer=False),
+    Case(
+        "rookie_predictor",
+        predictor,
+        width=5,
+        terms=5,
+        mixer=False,
+        fitted=(".slope", ".intercept"),
+    ),
     Case("dropout_at_inference", lambda key: Dropout(0.5, True), 5, 1, mixer=False),
     Case(
         "conv_centred",
@@ -267,7 +294,7 @@ def inputs(case: Case, shape: tuple[int, ...], seed: int, dtype: str = "float32"
 
 def call(layer, x, ids=None):
     y = layer(x) if ids is None else layer(x, segment_ids=ids)
-    return y[0] if isinstance(layer, Stack | MoE) else y
+    return y[0] if isinstance(layer, _REPORTING) else y
 
 
 def prefill(layer, x, cache, ids=None):

@@ -2,14 +2,18 @@
 
 from typing import Any
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 
 from capibara_eqx.layers import (
     Attention,
     Bidirectional,
     Conv1DBlock,
     HybridSSM,
+    Linear,
     Mamba,
+    RookiePredictor,
     UltraSSM,
 )
 
@@ -52,3 +56,12 @@ def bidirectional(*, key, merge: str = "gate") -> Bidirectional:
     forward = Conv1DBlock(3, 3, 3, key=forward_key)
     reverse = Conv1DBlock(3, 3, 2, activation="gelu", key=reverse_key)
     return Bidirectional(forward, reverse, 3, merge, key=key)
+
+
+def predictor(*, key) -> RookiePredictor:
+    """Of neurons in three directions, so that some follow others."""
+    linear_key, samples_key, key = jax.random.split(key, 3)
+    linear = Linear(5, 9, key=linear_key)
+    directions = jax.random.normal(key, (3, 5))[jnp.arange(9) % 3]
+    linear = eqx.tree_at(lambda m: m.weight, linear, linear.weight + directions)
+    return RookiePredictor(linear, jax.random.normal(samples_key, (40, 5)))

@@ -49,6 +49,9 @@ from ._norm import RMSNorm as RMSNorm
 from ._patch_embedding import PatchEmbedding as PatchEmbedding
 from ._positions import LearnedPositions as LearnedPositions
 from ._positions import sinusoidal_positions as sinusoidal_positions
+from ._rookie_predictor import RookiePredictor as RookiePredictor
+from ._rookie_predictor import ZeroPrediction as ZeroPrediction
+from ._rookies import MixtureOfRookies as MixtureOfRookies
 from ._rotary import LinearScaling as LinearScaling
 from ._rotary import Llama3Scaling as Llama3Scaling
 from ._rotary import NTKScaling as NTKScaling

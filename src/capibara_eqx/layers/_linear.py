@@ -54,13 +54,11 @@ class Linear(eqx.Module):
         check_size("out_features", out_features)
         weight_key, bias_key = jax.random.split(key)
         dtype = jnp.float32 if dtype is None else dtype
-        limit = 1 / math.sqrt(in_features)
-
-        def uniform(key, shape):
-            return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-        self.weight = uniform(weight_key, (out_features, in_features))
-        self.bias = uniform(bias_key, (out_features,)) if use_bias else None
+        shape = (out_features, in_features)
+        self.weight = uniform(weight_key, shape, in_features, dtype)
+        self.bias = None
+        if use_bias:
+            self.bias = uniform(bias_key, (out_features,), in_features, dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.use_bias = use_bias
@@ -88,3 +86,9 @@ class Linear(eqx.Module):
         if self.bias is not None:
             y = y + jnp.broadcast_to(self.bias.astype(x.dtype), y.shape)
         return y
+
+
+def uniform(key, shape, fan_in, dtype) -> Array:
+    """Initial values of maps of `fan_in` numbers, uniform in ±1/sqrt(fan_in)."""
+    limit = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -limit, limit)

@@ -1,5 +1,4 @@
 import dataclasses
-import math
 from typing import ClassVar
 
 import equinox as eqx
@@ -17,13 +16,8 @@ from ..internal import (
 )
 from ..kernels import check_implementation, experts
 from ._glu import GATES, GLU, check_gate
-from ._linear import Linear
-from ._router import SCORES, Routing, route
-
-
-# Logits of about one half for inputs of size one at width 768: no expert is favoured,
-# and tokens do not all go to the same one.
-_ROUTER_STD = 0.02
+from ._linear import Linear, uniform
+from ._router import SCORES, Routing, check_mask, check_top_k, linear_router, route
 
 
 class MoE(eqx.Module):
@@ -132,11 +126,7 @@ class MoE(eqx.Module):
             sizes["shared_d_ff"] = shared_d_ff
         for name, value in sizes.items():
             check_size(name, value)
-        if top_k > num_experts:
-            raise ValueError(
-                "`top_k` must not be greater than `num_experts`, got "
-                f"top_k={top_k} and num_experts={num_experts}. Are they swapped?"
-            )
+        check_top_k(top_k, "num_experts", num_experts)
         check_gate(activation)
         check_choice("score", score, SCORES)
         check_implementation(implementation, "experts")
@@ -145,15 +135,15 @@ class MoE(eqx.Module):
         dtype = jnp.float32 if dtype is None else dtype
         router_key, shared_key, *keys = jax.random.split(key, 8)
         inner, outer = (num_experts, d_ff), (num_experts, d_model)
-        self.router = _router(d_model, num_experts, dtype, router_key)
-        self.gate = _uniform(keys[0], (*inner, d_model), d_model, dtype)
-        self.up = _uniform(keys[1], (*inner, d_model), d_model, dtype)
-        self.down = _uniform(keys[2], (*outer, d_ff), d_ff, dtype)
+        self.router = linear_router(d_model, num_experts, dtype, router_key)
+        self.gate = uniform(keys[0], (*inner, d_model), d_model, dtype)
+        self.up = uniform(keys[1], (*inner, d_model), d_model, dtype)
+        self.down = uniform(keys[2], (*outer, d_ff), d_ff, dtype)
         self.gate_bias = self.up_bias = self.down_bias = None
         if use_bias:
-            self.gate_bias = _uniform(keys[3], inner, d_model, dtype)
-            self.up_bias = _uniform(keys[4], inner, d_model, dtype)
-            self.down_bias = _uniform(keys[5], outer, d_ff, dtype)
+            self.gate_bias = uniform(keys[3], inner, d_model, dtype)
+            self.up_bias = uniform(keys[4], inner, d_model, dtype)
+            self.down_bias = uniform(keys[5], outer, d_ff, dtype)
         self.shared = None
         if shared_d_ff is not None:
             self.shared = GLU(
@@ -200,7 +190,7 @@ class MoE(eqx.Module):
         del key
         check_last_axis("MoE", "x", x, self.d_model)
         if mask is not None:
-            _check_mask(mask, x.shape[:-1])
+            check_mask("MoE", mask, x.shape[:-1])
             x = jnp.where(mask[..., None], x, jnp.zeros_like(x))
         logits = self.router(accumulate(x))
         routing = route(
@@ -233,17 +223,6 @@ class MoE(eqx.Module):
         return y, dataclasses.replace(routing, dropped=dropped)
 
 
-def _router(d_model, num_experts, dtype, key) -> Linear:
-    linear = Linear(d_model, num_experts, use_bias=False, dtype=dtype, key=key)
-    weight = _ROUTER_STD * jax.random.normal(key, linear.weight.shape, dtype)
-    return eqx.tree_at(lambda m: m.weight, linear, weight)
-
-
-def _uniform(key, shape, fan_in, dtype) -> Array:
-    limit = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, dtype, -limit, limit)
-
-
 def _check_capacity(capacity_factor, implementation) -> None:
     if capacity_factor is not None:
         hint = "1.25 leaves a quarter more places than balanced routing needs."
@@ -258,17 +237,4 @@ def _check_capacity(capacity_factor, implementation) -> None:
             "`capacity_factor` is for implementation='capacity' alone, got "
             f"implementation={implementation!r}, which drops no token. Leave one of "
             "the two out."
-        )
-
-
-def _check_mask(mask, shape) -> None:
-    if mask.shape != shape:
-        raise ValueError(
-            f"MoE: `mask` must have the batch axes of the input, {shape}, got shape "
-            f"{mask.shape}."
-        )
-    if mask.dtype != jnp.bool_:
-        raise ValueError(
-            f"MoE: `mask` must be boolean, got {mask.dtype}. Compare to make it so, "
-            "as in `segment_ids >= 0`."
         )

@@ -4,8 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..internal import accumulate, check_positive, check_range, check_size
+from ._linear import Linear
 from ._mixer import AbstractAux
 
+
+# Logits of about one half for inputs of size one at width 768: no expert is favoured,
+# and tokens do not all go to the same one.
+_ROUTER_STD = 0.02
 
 # Log-scores: their softmax are the scores, divided by their sum.
 SCORES = {"softmax": jax.nn.log_softmax, "sigmoid": jax.nn.log_sigmoid}
@@ -25,7 +30,11 @@ class Routing(AbstractAux):
     mean scores are uniform, and may be less than 1 elsewhere. Both are usual with small
     weights, 0.01 and 0.001. Tokens that are masked out count nowhere.
 
-    - `indices`: chosen experts, the best first, `(*batch, top_k)`; -1 where masked.
+    With heads, as in `MixtureOfRookies`, each of them chooses `top_k` for itself, and
+    means over tokens are means over heads too.
+
+    - `indices`: chosen experts, the best first, `(*batch, top_k)`, with heads those of
+        one after those of the other; -1 where masked.
     - `weights`: of the chosen experts, `(*batch, top_k)`; 0 where masked.
     - `load`: share of all choices by expert, `(experts,)`. Sums to 1, or is all zero
         where every token is masked.
@@ -46,6 +55,15 @@ class Routing(AbstractAux):
     balance_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     dropped: Int[Array, ""]
+
+    @property
+    def active_count(self) -> Int[Array, "*batch"]:
+        """How many experts each token takes, `(*batch,)`: `top_k`, 0 where masked.
+
+        With heads it is their sum, so that an expert which two of them chose is counted
+        twice.
+        """
+        return jnp.sum(self.indices >= 0, axis=-1)
 
     def losses(self) -> dict[str, Float[Array, ""]]:
         """`balance` and `router_z`, see the class."""
@@ -173,6 +191,13 @@ def update_selection_bias(
     return bias + (rate * jnp.where(uneven, jnp.sign(gap), 0)).astype(bias.dtype)
 
 
+def linear_router(d_model, num_experts, dtype, key) -> Linear:
+    """The map from a token to a logit an expert, normal with deviation 0.02."""
+    linear = Linear(d_model, num_experts, use_bias=False, dtype=dtype, key=key)
+    weight = _ROUTER_STD * jax.random.normal(key, linear.weight.shape, dtype)
+    return eqx.tree_at(lambda m: m.weight, linear, weight)
+
+
 def route(
     logits: Float[Array, "*batch experts"],
     selection_bias: Float[Array, " experts"] | None,
@@ -215,6 +240,29 @@ def route(
         z_loss=jnp.sum(squares, where=mask) / number,
         dropped=jnp.zeros((), jnp.int32),
     )
+
+
+def check_top_k(top_k: int, name: str, count: int) -> None:
+    """Raise `ValueError` if `top_k` is more than the experts there are."""
+    if top_k > count:
+        raise ValueError(
+            f"`top_k` must not be greater than `{name}`, got top_k={top_k} and "
+            f"{name}={count}. Are they swapped?"
+        )
+
+
+def check_mask(layer: str, mask: Array, shape: tuple[int, ...]) -> None:
+    """Raise `ValueError` unless `mask` has a boolean for each token."""
+    if mask.shape != shape:
+        raise ValueError(
+            f"{layer}: `mask` must have the batch axes of the input, {shape}, got "
+            f"shape {mask.shape}."
+        )
+    if mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"{layer}: `mask` must be boolean, got {mask.dtype}. Compare to make it "
+            "so, as in `segment_ids >= 0`."
+        )
 
 
 def _check_load(function: str, load: Array, shape: tuple[int, ...]) -> None:

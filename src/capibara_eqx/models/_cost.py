@@ -25,6 +25,7 @@ from ..layers import (
     Mamba,
     Mamba2,
     Mamba3,
+    MixtureOfRookies,
     MoE,
     PatchEmbedding,
     RMSNorm,
@@ -64,9 +65,10 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     six), `LinearSSM` as its products, all without what is done once a call;
     norms as four a channel. Of a mixture of experts the router, the shared expert and
     the `top_k` experts that a token takes are counted, though all have parameters and
-    some implementations compute all; attention as its four or more maps, two products a
-    score and five operations for its softmax, with `max_len` tokens in view, or as many
-    as its window. Forward, one token.
+    some implementations compute all; of one with product keys the query and a product
+    with every key, and not what finds the best pairs; attention as its four or more
+    maps, two products a score and five operations for its softmax, with `max_len`
+    tokens in view, or as many as its window. Forward, one token.
 
     **Arguments:**
 
@@ -206,6 +208,15 @@ def _experts(layer: MoE) -> int:
     return _linear(layer.router) + chosen + shared
 
 
+def _rookies(layer: MixtureOfRookies) -> int:
+    chosen = layer.n_heads * layer.top_k * 2 * 2 * layer.d_model * layer.rookie_size
+    if isinstance(layer.router, Linear):
+        return _linear(layer.router) + chosen
+    query, keys, norm = layer.router.query, layer.router.keys, layer.router.norm
+    norms = 0 if norm is None else layer.n_heads * _flops(norm, None)
+    return _linear(query) + norms + 2 * keys.size + chosen
+
+
 def _attention(layer: AbstractAttention, max_len: int | None) -> int:
     leaves = jax.tree.leaves(layer, is_leaf=lambda node: isinstance(node, Linear))
     maps = sum(_linear(leaf) for leaf in leaves if isinstance(leaf, Linear))
@@ -247,4 +258,5 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
     MoE: _experts,
+    MixtureOfRookies: _rookies,
 }

@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array, Bool, DTypeLike, Float, Int, PRNGKeyArray, PyTree
 
 from ..internal import check_probability, split_or_none, zero_padding
-from ..layers import AbstractSequenceMixer, Dropout, MoE, RMSNorm
+from ..layers import AbstractSequenceMixer, Dropout, MixtureOfRookies, MoE, RMSNorm
 from ._block import AbstractBlock, add
 
 
@@ -48,7 +48,8 @@ class TransformerBlock(AbstractBlock):
         """**Arguments:**
 
         - `mixer`: from `d_model` to `d_model`; it may return `(y, aux)`.
-        - `feed_forward`: a layer of each token, as `SwiGLU`, `GLU`, `MLP`, or `MoE`.
+        - `feed_forward`: a layer of each token, as `SwiGLU`, `GLU`, `MLP`, `MoE`, or
+            `MixtureOfRookies`.
         - `d_model`: width of the residual stream.
         - `dropout`: probability of dropping an element of either output.
         - `eps`: of the norms.
@@ -137,7 +138,7 @@ class TransformerBlock(AbstractBlock):
         if segment_ids is not None:
             x = zero_padding(x, segment_ids)
         x = self.feed_forward_norm(x)
-        if isinstance(self.feed_forward, MoE):
+        if isinstance(self.feed_forward, MoE | MixtureOfRookies):
             # Padding takes no place at an expert and counts in no loss.
             mask: Bool[Array, "*batch"] | None = (
                 None if segment_ids is None else segment_ids >= 0

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ class Stacked(NamedTuple):
     """The parameters of all experts, in the layout of `layers.Linear`."""
 
     gate: Float[Array, "experts d_ff d_model"]
-    up: Float[Array, "experts d_ff d_model"]
+    up: Float[Array, "experts d_ff d_model"] | None
     down: Float[Array, "experts d_model d_ff"]
     gate_bias: Float[Array, "experts d_ff"] | None
     up_bias: Float[Array, "experts d_ff"] | None
@@ -77,12 +78,18 @@ def shifted(
 
 
 def gated(
-    gate: Float[Array, "*rows d_ff"],
-    up: Float[Array, "*rows d_ff"],
+    own: Stacked,
+    product: Callable[[Array, Array | None], Float[Array, "*rows d_ff"]],
     weight: Float[Array, "*rows"],
     activation: str,
     dtype: jnp.dtype,
 ) -> Float[Array, "*rows d_ff"]:
-    """What goes into the last product, already weighted: it is the narrowest place."""
-    hidden = activate(activation, gate) * up
+    """What goes into the last product, already weighted: it is the narrowest place.
+
+    `product` takes a matrix and a bias of every expert, and gives what they make of
+    each row. Experts of two matrices have no `up`.
+    """
+    hidden = activate(activation, product(own.gate, own.gate_bias))
+    if own.up is not None:
+        hidden = hidden * product(own.up, own.up_bias)
     return (hidden * weight.astype(hidden.dtype)[..., None]).astype(dtype)

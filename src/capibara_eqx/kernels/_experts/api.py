@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from ...internal import check_activation, check_ids, check_range
 from .._checks import check_shape
 from .._dispatch import dispatch
-from . import capacity, dense, ragged, reference, scan
+from . import capacity, dense, gather, ragged, reference, scan
 from ._operands import Operands, Stacked, none_dropped
 
 
@@ -17,6 +17,7 @@ BACKENDS = {
     "capacity": capacity.experts,
     "dense": dense.experts,
     "scan": scan.experts,
+    "gather": gather.experts,
     "reference": reference.experts,
 }
 DEFAULT = "ragged"
@@ -27,7 +28,7 @@ def experts(
     indices: Int[Array, "*batch top_k"],
     weights: Float[Array, "*batch top_k"],
     gate: Float[Array, "experts d_ff d_model"],
-    up: Float[Array, "experts d_ff d_model"],
+    up: Float[Array, "experts d_ff d_model"] | None,
     down: Float[Array, "experts d_model d_ff"],
     *,
     gate_bias: Float[Array, "experts d_ff"] | None = None,
@@ -37,11 +38,12 @@ def experts(
     capacity_factor: float | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> tuple[Float[Array, "*batch d_model"], Int[Array, ""]]:
-    r"""Gated feed-forward experts, a few of them for each token.
+    r"""Feed-forward experts, a few of them for each token.
 
     $$y_t = \sum_{j=1}^{k} w_{tj}\, E_{i_{tj}}(x_t), \quad
     E_i(x) = D_i\,(\sigma(G_i x + b_i) \odot (U_i x + c_i)) + d_i$$
 
+    and without `up` experts of two matrices, $E_i(x) = D_i\,\sigma(G_i x + b_i) + d_i$.
     Shazeer et al., *Outrageously Large Neural Networks: The Sparsely-Gated
     Mixture-of-Experts Layer*, arXiv 1701.06538; gated experts as in Shazeer, *GLU
     Variants Improve Transformer*, arXiv 2002.05202.
@@ -63,7 +65,8 @@ def experts(
     - `indices`: chosen experts of each token, `(*batch, top_k)`. An index outside
         `[0, experts)`, such as -1, chooses none: it adds nothing and takes no place.
     - `weights`: of the chosen experts, `(*batch, top_k)`.
-    - `gate`, `up`: `(experts, d_ff, d_model)`.
+    - `gate`, `up`: `(experts, d_ff, d_model)`; `up` is `None` for experts of two
+        matrices.
     - `down`: `(experts, d_model, d_ff)`.
     - `gate_bias`, `up_bias`: `(experts, d_ff)`.
     - `down_bias`: `(experts, d_model)`.
@@ -73,8 +76,9 @@ def experts(
     - `implementation`: `"ragged"` (default: products of rows grouped by expert, the
         work of the chosen experts alone), `"capacity"`, `"dense"` and `"scan"` (every
         expert for every token; the latter one after the other, which saves memory, and
-        is the default where arrays are sharded along an Explicit axis), `"reference"`,
-        or a sequence of names of which the first that can is used.
+        is the default where arrays are sharded along an Explicit axis), `"gather"` (a
+        copy of its experts for every token: for very many experts of a few rows),
+        `"reference"`, or a sequence of names of which the first that can is used.
 
     **Returns:**
 
@@ -97,6 +101,11 @@ def experts(
         ```
     """
     _check(x, indices, weights, gate)
+    if up is None and up_bias is not None:
+        raise ValueError(
+            f"experts: `up_bias` of shape {up_bias.shape} has no `up` to be added to. "
+            "Leave it out too, or pass the matrices that it belongs to."
+        )
     count, d_ff, d_model = gate.shape
     for argument, given, shape, meaning in (
         ("up", up, (count, d_ff, d_model), "the shape of `gate`"),

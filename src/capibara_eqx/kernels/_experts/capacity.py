@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax.numpy as jnp
@@ -47,10 +48,9 @@ def experts(
         y = jnp.einsum(equation, x, weight, preferred_element_type=dtype)
         return shifted(y, None if bias is None else bias[:, None])
 
-    gate = product("ecd,efd->ecf", seen, own.gate, own.gate_bias)
-    up = product("ecd,efd->ecf", seen, own.up, own.up_bias)
+    inner = functools.partial(product, "ecd,efd->ecf", seen)
     ones = jnp.ones(taken.shape, dtype)
-    hidden = gated(gate, up, ones, activation, x.dtype)
+    hidden = gated(own, inner, ones, activation, x.dtype)
     y = product("ecf,edf->ecd", hidden, own.down, own.down_bias)
     y = jnp.take(y.reshape(count * places, -1), slot, axis=0, mode="fill", fill_value=0)
     weights = accumulate(operands.weights).T.reshape(-1, 1)

@@ -26,9 +26,10 @@ def experts(
     def product(equation, x, stacked):
         return jnp.einsum(equation, x, stacked, preferred_element_type=dtype)
 
-    gate = shifted(product("td,efd->tef", x, own.gate), own.gate_bias)
-    up = shifted(product("td,efd->tef", x, own.up), own.up_bias)
-    hidden = gated(gate, up, mixing, activation, x.dtype)
+    def inner(stacked, bias):
+        return shifted(product("td,efd->tef", x, stacked), bias)
+
+    hidden = gated(own, inner, mixing, activation, x.dtype)
     y = product("tef,edf->td", hidden, own.down)
     if own.down_bias is not None:
         y = y + mixing @ accumulate(own.down_bias)

@@ -1,3 +1,5 @@
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -29,9 +31,8 @@ def experts(
 
     rows = jnp.broadcast_to(x[:, None], (tokens, top_k, x.shape[-1]))
     rows = rows.reshape(tokens * top_k, -1)
-    gate = product(rows, own.gate, own.gate_bias)
-    up = product(rows, own.up, own.up_bias)
-    y = product(gated(gate, up, weights, activation, x.dtype), own.down, None)
+    inner = functools.partial(product, rows)
+    y = product(gated(own, inner, weights, activation, x.dtype), own.down, None)
     if own.down_bias is not None:
         bias = jnp.take(accumulate(own.down_bias), expert, axis=0, mode="clip")
         y = y + weights[:, None] * bias

@@ -1,3 +1,5 @@
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -35,9 +37,8 @@ def experts(
         y = jnp.einsum(equation, x, stacked, preferred_element_type=dtype)
         return shifted(y, None if bias is None else chosen(bias))
 
-    gate = product("td,tkfd->tkf", x, own.gate, own.gate_bias)
-    up = product("td,tkfd->tkf", x, own.up, own.up_bias)
-    hidden = gated(gate, up, weights, activation, x.dtype)
+    inner = functools.partial(product, "td,tkfd->tkf", x)
+    hidden = gated(own, inner, weights, activation, x.dtype)
     y = product("tkf,tkdf->tkd", hidden, own.down, None)
     if own.down_bias is not None:
         y = y + weights[..., None] * accumulate(chosen(own.down_bias))

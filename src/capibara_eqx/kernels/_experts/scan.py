@@ -30,9 +30,10 @@ def experts(
 
     @jax.checkpoint
     def weighted(own, share):
-        gate = shifted(product(x, own.gate), own.gate_bias)
-        up = shifted(product(x, own.up), own.up_bias)
-        y = product(gated(gate, up, share, activation, x.dtype), own.down)
+        def inner(weight, bias):
+            return shifted(product(x, weight), bias)
+
+        y = product(gated(own, inner, share, activation, x.dtype), own.down)
         if own.down_bias is not None:
             y = y + share[:, None] * accumulate(own.down_bias)[None]
         return y
