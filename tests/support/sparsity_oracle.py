@@ -111,3 +111,9 @@ def erk(kernels: list[tuple[int, ...]], density: float) -> list[float]:
         kept = sum(min(1, middle * r) * s for r, s in zip(raw, sizes, strict=True))
         low, high = (middle, high) if kept < density * sum(sizes) else (low, middle)
     return [min(1.0, low * r) for r in raw]
+
+
+def pruned_count(step: int, begin: int, end: int, size: int, left: int) -> int:
+    """What stays of `size` values at a step of the schedule of Zhu and Gupta."""
+    share = (step - begin) / (end - begin)
+    return left + round((size - left) * (1 - share) ** 3)

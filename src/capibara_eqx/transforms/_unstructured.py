@@ -95,7 +95,8 @@ class Groups:
 
 
 def highest(
-    score: Num[Array, "*rows width"], count: int | Int[Array, "*rows #width"]
+    score: Num[Array, "*rows width"],
+    count: int | Int[Array, ""] | Int[Array, "*rows 1"],
 ) -> Bool[Array, "*rows width"]:
     """Those of the highest scores along the last axis; of equal ones the first."""
     order = jnp.argsort(-score, axis=-1, stable=True)
