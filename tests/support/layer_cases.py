@@ -47,6 +47,7 @@ from capibara_eqx.layers import (
     PatchEmbedding,
     RMSNorm,
     RookiePredictor,
+    SparseCapibara,
     SwiGLU,
     TokenEmbedding,
 )
@@ -185,6 +186,14 @@ CASES = (
         width=4,
         terms=20,
     ),
+    Case(
+        "sparse_capibara",
+        partial(SparseCapibara, 4, 1, "1:2", n_heads=2, d_ff=6),
+        width=4,
+        terms=20,
+        padding="input",
+        slow=True,
+    ),
     Case("hybrid_mix", hybrid_of_convolutions, 3, 20, slow=True),
     Case("bidirectional", bidirectional, 3, 20, mixer=False, axes=(LENGTH,)),
     Case("ultra", ultra, 3, 40, padding="input", slow=True),
@@ -244,6 +253,14 @@ CASES = (
     Case("hybrid_mamba_attention", hybrid, 4, 60, slow=True),
     Case("ultra_mamba", partial(ultra, "mamba"), 3, 60, padding="input", slow=True),
     Case("hybrid_ssm", partial(hybrid, use_transformer=False), 4, 60, slow=True),
+    Case(
+        "sparse_capibara_dynamic",
+        partial(SparseCapibara, 4, 2, "2:4", True, n_heads=2, d_ff=8),
+        width=4,
+        terms=20,
+        padding="input",
+        slow=True,
+    ),
     Case("attention_ring", partial(Attention, 3, 1, window=3), 3, 20, slow=True),
     Case("attention_plain", partial(Attention, 3, 3), 3, 20, slow=True),
     Case(

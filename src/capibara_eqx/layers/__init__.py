@@ -71,6 +71,7 @@ from ._schedulers import DenoiseState as DenoiseState
 from ._schedulers import SamplingSchedule as SamplingSchedule
 from ._schedulers import denoise as denoise
 from ._schedulers import denoise_step as denoise_step
+from ._sparse_capibara import SparseCapibara as SparseCapibara
 from ._ssm_config import SSMConfig as SSMConfig
 from ._ssm_config import SSMHybridLayerConfig as SSMHybridLayerConfig
 from ._ssm_config import create_ssm_config as create_ssm_config

@@ -29,6 +29,7 @@ from ..layers import (
     MoE,
     PatchEmbedding,
     RMSNorm,
+    SparseCapibara,
     SwiGLU,
     TokenEmbedding,
     UltraSSM,
@@ -132,6 +133,10 @@ def _flops(layer: Any, max_len: int | None) -> int:
             mixing = (layer.mixer_norm, layer.mixer)
             parts = (*mixing, layer.feed_forward_norm, layer.feed_forward)
             return sum(_flops(part, max_len) for part in parts if part is not None)
+        case SparseCapibara():
+            # With all zeros: the products are dense ones.
+            parts = [part for block in layer.blocks for part in vars(block).values()]
+            return sum(_flops(part, max_len) for part in parts)
         case AbstractAttention():
             return _attention(layer, max_len)
         case HybridSSM():

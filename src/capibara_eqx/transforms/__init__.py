@@ -1,6 +1,8 @@
 from ..arrays import NM as NM
 from ..arrays import Affine as Affine
 from ..arrays import Ternary as Ternary
+from ._erk import erk_rules as erk_rules
+from ._magnitude_pruning import magnitude_pruning as magnitude_pruning
 from ._quantize import convert as convert
 from ._quantize import dequantize as dequantize
 from ._quantize import prepare_qat as prepare_qat
@@ -8,5 +10,12 @@ from ._quantize import quantize as quantize
 from ._report import Entry as Entry
 from ._report import Report as Report
 from ._report import report as report
+from ._rigl import rigl as rigl
+from ._rigl import set_training as set_training
 from ._rules import Rule as Rule
+from ._sparse_training import SparseTrainingState as SparseTrainingState
+from ._sparse_training import sparse_masks as sparse_masks
+from ._sparsify import sparsify as sparsify
+from ._sr_ste import sr_ste as sr_ste
 from ._trainable import trainable_spec as trainable_spec
+from ._unstructured import Unstructured as Unstructured

@@ -125,7 +125,7 @@ def convert(model: PyTree) -> PyTree:
             "model as it is, use `quantize`."
         )
     new = {
-        place.keys: _compress(_finite("convert", place), place.value.spec)
+        place.keys: _compress(require_finite("convert", place), place.value.spec)
         for place in fakes
     }
     return replace(model, new)
@@ -197,7 +197,11 @@ def _packed(function: str, place: Place, spec: Spec) -> AbstractWeight:
     if isinstance(place.value, AbstractWeight):
         return _same(function, place, spec, _COMPRESSED)
     return _named(
-        function, place, _compress, _matrix(_finite(function, place), place), spec
+        function,
+        place,
+        _compress,
+        _matrix(require_finite(function, place), place),
+        spec,
     )
 
 
@@ -205,7 +209,7 @@ def _faked(function: str, place: Place, spec: Spec) -> AbstractWeight:
     _check_spec(function, spec)
     if isinstance(place.value, AbstractWeight):
         return _same(function, place, spec, (FakeQuantArray,))
-    weight = _matrix(_finite(function, place), place)
+    weight = _matrix(require_finite(function, place), place)
     # What cannot be compressed should fail here, not after the training.
     _named(function, place, lambda: eqx.filter_eval_shape(compress, weight, spec))
     return FakeQuantArray.of(weight, spec)
@@ -257,7 +261,7 @@ def _matrix(weight: Array, place: Place) -> Array:
     return weight.reshape(*weight.shape[:-kernel], -1)
 
 
-def _finite(function: str, place: Place) -> Any:
+def require_finite(function: str, place: Place) -> Any:
     value = place.value
     weight = value.weight if isinstance(value, FakeQuantArray) else value
     finite = jnp.all(jnp.isfinite(weight))

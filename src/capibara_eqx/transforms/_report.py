@@ -140,7 +140,7 @@ def entry(
     details: dict[str, Array] | None = None,
 ) -> Entry:
     """The entry of a node that was made of `weight`."""
-    density, sqnr = _quality(node, None if weight is None else as_array(weight))
+    density, sqnr = quality(node, None if weight is None else as_array(weight))
     return Entry(
         path=path,
         scheme=scheme(node),
@@ -160,7 +160,7 @@ def scheme(node: AbstractWeight) -> str:
 
 
 @eqx.filter_jit
-def _quality(node, weight):
+def quality(node, weight):
     dense = accumulate(as_array(node))
     density = jnp.mean((dense != 0).astype(dense.dtype))
     if weight is None:
