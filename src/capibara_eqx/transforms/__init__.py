@@ -1,6 +1,9 @@
 from ..arrays import NM as NM
 from ..arrays import Affine as Affine
 from ..arrays import Ternary as Ternary
+from ._gptq import gptq as gptq
+from ._hessian import Hessians as Hessians
+from ._hessian import collect_hessian as collect_hessian
 from ._quantize import convert as convert
 from ._quantize import dequantize as dequantize
 from ._quantize import prepare_qat as prepare_qat
