@@ -1,6 +1,8 @@
 from ..arrays import NM as NM
 from ..arrays import Affine as Affine
 from ..arrays import Ternary as Ternary
+from ._calibrate import Calibration as Calibration
+from ._calibrate import calibrate as calibrate
 from ._gptq import gptq as gptq
 from ._hessian import Hessians as Hessians
 from ._hessian import collect_hessian as collect_hessian
