@@ -60,8 +60,10 @@ def gptq(
     - `block_size`: columns that share one product of matrices; the codes do not depend
         on it, but for rounding.
     - `act_order`: whether columns go by falling $H_{jj}$, those that matter most first.
-        Codes lie in the order of the weight all the same. With groups whose steps are
-        not static, whole groups go by the largest of theirs, and columns within them.
+        Codes lie in the order of the weight all the same, and groups are of neighbours
+        there: the paper's code makes groups of neighbours in the new order unless they
+        are static, and has to keep the group of each column. Here groups that are not
+        static go as a whole, by the largest $H_{jj}$ in each, and columns within them.
     - `static_groups`: whether the steps of groups are those of the weight as it is,
         else of the weight as it stands when the group's turn comes.
     - `damping`: $\lambda$, relative to the mean of the diagonal.
@@ -140,23 +142,25 @@ def _solved(
 
 def _node(weight, rounded: Rounded, spec: Affine | Ternary) -> AbstractWeight:
     """Of the codes that were found or, where there are none, of the nearest ones."""
+    ternary = isinstance(spec, Ternary)
+    codes = rounded.steps.astype(jnp.int8) if ternary else _codes(rounded, spec)
+    found = codes, rounded.scale, rounded.zero
 
-    def chosen(found, nearest):
-        return jnp.where(rounded.solved[..., None, None], found, nearest)
+    def mended():
+        if isinstance(spec, Ternary):
+            nearest = (*ternary_codes(weight, spec), None)
+        else:
+            scale, zero = affine_steps(weight, spec)
+            nearest = affine_codes(weight, scale, zero, spec), scale, zero
+        solved = rounded.solved[..., None, None]
+        return jax.tree.map(lambda x, y: jnp.where(solved, x, y), found, nearest)
 
-    dtype = weight.dtype
+    # Seldom needed, so seldom computed.
+    whole = jnp.all(rounded.solved)
+    codes, scale, zero = jax.lax.cond(whole, lambda: found, mended)
     if isinstance(spec, Ternary):
-        nearest, scale = ternary_codes(weight, spec)
-        codes = chosen(rounded.steps.astype(jnp.int8), nearest)
-        scale = chosen(rounded.scale, scale)
-        return TernaryArray.from_codes(codes, scale, spec, dtype)
-    scale, zero = affine_steps(weight, spec)
-    nearest = affine_codes(weight, scale, zero, spec)
-    scale = chosen(rounded.scale, scale)
-    codes = chosen(_codes(rounded, spec), nearest)
-    if zero is not None and rounded.zero is not None:
-        zero = chosen(rounded.zero, zero)
-    return AffineArray.from_codes(codes, scale, zero, spec, dtype)
+        return TernaryArray.from_codes(codes, scale, spec, weight.dtype)
+    return AffineArray.from_codes(codes, scale, zero, spec, weight.dtype)
 
 
 def _codes(rounded: Rounded, spec: Affine) -> UInt8[Array, "*stack out in"]:

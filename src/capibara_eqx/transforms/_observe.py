@@ -1,7 +1,7 @@
 """What comes into the weights of a model, added up over batches."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -17,8 +17,7 @@ from ._rules import Rule, choose
 from ._tally import AbstractTally
 
 
-# Of the axes in front, the width of the input, and the dtype of sums.
-Zeros = Callable[[tuple[int, ...], int, DTypeLike], AbstractTally]
+Tally = TypeVar("Tally", bound=AbstractTally)
 _CONVOLUTIONS = (eqx.nn.Conv, eqx.nn.ConvTranspose, CompressedConv)
 
 
@@ -49,11 +48,13 @@ def observe(
     forward: Callable[[Any, Any], Any],
     batches: Iterable[Any],
     rules: Sequence[Rule] | Sequence[str],
-    zeros: Zeros,
-) -> tuple[dict[str, AbstractTally], dict[str, tuple[int, ...]]]:
+    zeros: Callable[[tuple[int, ...], int, DTypeLike], Tally],
+) -> tuple[dict[str, Tally], dict[str, tuple[int, ...]]]:
     """The tallies of the weights that `rules` choose, over all batches.
 
-    Also the axes in front of those whose inputs cannot be seen, which convolve.
+    `zeros` makes one of the axes in front of a weight, the width of its input, and the
+    dtype of sums. Also returns the axes in front of weights whose inputs cannot be
+    seen, those that convolve.
     """
     seen = _chosen(function, model, rules)
     hidden = {
@@ -123,7 +124,7 @@ def _observed(model, watched, tallies) -> PyTree:
         else:
             dtype = jnp.dtype(place.value.dtype)
             weight = get(model, place.keys)
-            nodes[place.keys] = _Observed(weight, tally, dtype)
+            nodes[place.keys] = _Observed(weight=weight, tally=tally, dtype=dtype)
     model = replace(model, nodes)
     layers = {keys: ObservedMoE(get(model, keys), experts[keys]) for keys in experts}
     return replace(model, layers)
