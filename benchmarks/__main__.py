@@ -13,6 +13,7 @@ from . import (
     cores,
     decode,
     demo_speed,
+    gptq,
     gpu,
     layer,
     layer_memory,
@@ -57,6 +58,7 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "llama_decode": llama_decode.measure,
     "moe": moe.measure,
     "sequence_parallel": sequence_parallel.measure,
+    "gptq": gptq.measure,
     "gpu": gpu.measure,
 }
 

@@ -346,6 +346,12 @@ _CLAIMS = (
         *(1.5, False, "times"),
         _ratio(("mamba2_step", "batch_1", "step"), "mamba2_step", "layer_products"),
     ),
+    _Claim(
+        "gptq",
+        "GPTQ of a weight of 1024 by 1024 to 4 bits, in times of blocked PyTorch",
+        *(2.0, False, "times"),
+        _ratio(("gptq", "square_1024", "forward"), "gptq", "torch_gptq"),
+    ),
     # "About twice": what rounds to two or more.
     _Claim(
         "layout_small",

@@ -1,7 +1,12 @@
 from ..arrays import NM as NM
 from ..arrays import Affine as Affine
 from ..arrays import Ternary as Ternary
+from ._calibrate import Calibration as Calibration
+from ._calibrate import calibrate as calibrate
 from ._erk import erk_rules as erk_rules
+from ._gptq import gptq as gptq
+from ._hessian import Hessians as Hessians
+from ._hessian import collect_hessian as collect_hessian
 from ._magnitude_pruning import magnitude_pruning as magnitude_pruning
 from ._quantize import convert as convert
 from ._quantize import dequantize as dequantize

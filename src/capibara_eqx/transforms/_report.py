@@ -81,6 +81,7 @@ class Report(eqx.Module):
         rows = [head, *(_row(entry) for entry in self.entries)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
         lines = [_line(row, widths) for row in rows]
+        lines += [line for entry in self.entries for line in _fallback(entry)]
         count = len(self.left_alone)
         if count:
             lines.append(f"left alone: {count} parameters, {self._others:,} bytes")
@@ -192,6 +193,15 @@ def _row(entry: Entry) -> tuple[str, ...]:
         "" if entry.sqnr is None else _number(entry.sqnr, ".2f"),
         _number(entry.density, ".3f"),
     )
+
+
+def _fallback(entry: Entry) -> list[str]:
+    """What an entry says of a `gptq` that had nothing to go by."""
+    fallback = entry.details.get("fallback")
+    if fallback is None or isinstance(fallback, Tracer) or not fallback.any():
+        return []
+    some = f" ({int(fallback.sum())} of {fallback.size})" if fallback.size > 1 else ""
+    return [f"ROUNDED TO NEAREST, without a usable Hessian: {entry.path}{some}"]
 
 
 def _number(x: Array, form: str) -> str:
