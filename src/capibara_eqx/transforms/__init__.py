@@ -1,6 +1,12 @@
 from ..arrays import NM as NM
 from ..arrays import Affine as Affine
+from ..arrays import LoRA as LoRA
 from ..arrays import Ternary as Ternary
+from ._lora import attention_rules as attention_rules
+from ._lora import lora as lora
+from ._lora import with_dropout_key as with_dropout_key
+from ._merge import merge as merge
+from ._merge import unmerge as unmerge
 from ._quantize import convert as convert
 from ._quantize import dequantize as dequantize
 from ._quantize import prepare_qat as prepare_qat
