@@ -10,14 +10,17 @@ import numpy as np
 import pytest
 from support.model_oracle import moved
 
-from capibara_eqx.interop import load_hf, load_peft, save_peft
-from capibara_eqx.layers import Mamba
+from capibara_eqx.interop import load_hf, load_peft, save_hf, save_peft
 from capibara_eqx.models import LanguageModel
 from capibara_eqx.transforms import (
+    Affine,
     LoRA,
     Rule,
+    attention_rules,
+    dequantize,
     lora,
     merge,
+    quantize,
     trainable_spec,
 )
 
@@ -91,6 +94,8 @@ def base_model(kind: str) -> Any:
         sizes |= {"num_key_value_heads": 2}
     else:
         sizes |= {"state_size": 5}
+    if kind == "Mamba2":
+        sizes |= {"num_heads": 8, "head_dim": 8, "n_groups": 2}
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**sizes)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
@@ -177,19 +182,32 @@ def test_merged_weights_are_those_of_peft(pair):
         np.testing.assert_allclose(ours, state[key].numpy(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["Mamba", "Mamba2"])
+MAMBA = {"Mamba": ["in_proj", "x_proj", "embeddings"], "Mamba2": ["in_proj"]}
+
+
+@pytest.mark.parametrize("kind", MAMBA)
 def test_mamba_too(kind, tmp_path):
-    options = {"target_modules": ["in_proj", "out_proj"]}
-    if kind == "Mamba":
-        options = {"target_modules": ["in_proj", "x_proj", "dt_proj"]}
-    pytest.importorskip("transformers")
-    try:
-        pair = make_pair(kind, options, True, tmp_path)
-    except ValueError as error:
-        # peft forbids some targets of Mamba, because its fused kernels skip them.
-        assert "mamba" in str(error).lower()  # noqa: PT017
-        options = {"target_modules": ["x_proj"]}
-        pair = make_pair(kind, options, True, tmp_path)
-    assert isinstance(pair.ours, LanguageModel)
-    assert Mamba is not None
+    targets = {"target_modules": MAMBA[kind]}
+    pair = make_pair(kind, targets, True, tmp_path)
     assert_equal_logits(our_logits(pair.ours), their_logits(pair.theirs))
+    save_peft(pair.ours, tmp_path / "again")
+    theirs = peft.PeftModel.from_pretrained(base_model(kind), tmp_path / "again").eval()
+    assert_equal_logits(our_logits(pair.ours), their_logits(theirs))
+
+
+def test_an_adapter_made_here_loads_in_peft(tmp_path):
+    """Of two ranks, on a compressed model; theirs is the same model, rounded."""
+    save_base = base_model("Llama")
+    save_base.save_pretrained(tmp_path / "base")
+    ours = load_hf(tmp_path / "base")
+    small, _ = quantize(ours, [Rule(r"stack/.*_proj/weight", Affine(4))])
+    save_hf(dequantize(small), tmp_path / "rounded")
+    rules = [Rule(r".*/1/.*v_proj/weight", LoRA(5, alpha=2.5))]
+    rules += attention_rules(LoRA(2), "qv")
+    adapted, _ = lora(small, rules, key=jax.random.key(1))
+    learns, rest = eqx.partition(adapted, trainable_spec(adapted))
+    adapted = eqx.combine(moved(learns, 2), rest)
+    save_peft(adapted, tmp_path / "adapter", config={"revision": "main"})
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "rounded")
+    theirs = peft.PeftModel.from_pretrained(rounded, tmp_path / "adapter").eval()
+    assert_equal_logits(our_logits(adapted), their_logits(theirs))

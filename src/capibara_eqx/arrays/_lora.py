@@ -46,8 +46,8 @@ class LoRA:
     """
 
     rank: int
-    alpha: float | None = None
-    dropout: float = 0.0
+    alpha: int | float | None = None
+    dropout: int | float = 0.0
     rs: bool = False
     dora: bool = False
     dtype: DTypeLike | None = None

@@ -1,6 +1,6 @@
 import dataclasses
 import math
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -56,7 +56,7 @@ class LoRAArray(AbstractWeight):
         spec: LoRA,
         *,
         key: PRNGKeyArray,
-    ) -> Self:
+    ) -> "LoRAArray":
         r"""A new adapter, which changes nothing yet.
 
         **Arguments:**
@@ -116,7 +116,7 @@ class LoRAArray(AbstractWeight):
         magnitude = () if self.magnitude is None else (self.magnitude,)
         return (self.a, self.b, *magnitude)
 
-    def astype(self, dtype: DTypeLike) -> Self:
+    def astype(self, dtype: DTypeLike) -> "LoRAArray":
         return eqx.tree_at(lambda node: node.base, self, self.base.astype(dtype))
 
     def update(self) -> Float[Array, "*stack out in"]:
@@ -148,7 +148,7 @@ class LoRAArray(AbstractWeight):
         at = None if self.magnitude is None else self.magnitude[index]
         return _with_lengths(total, at).astype(self.dtype)
 
-    def with_key(self, key: PRNGKeyArray | None) -> Self:
+    def with_key(self, key: PRNGKeyArray | None) -> "LoRAArray":
         """The same weight with a key for dropout, split along the stack axes."""
         stack = self.shape[:-2]
         if key is not None and stack:

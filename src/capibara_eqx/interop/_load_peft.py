@@ -122,7 +122,10 @@ def _by_module(
     if homeless:
         names = list(dict.fromkeys(homeless))
         hint = " The head is the embedding." if model.head is None else ""
-        problems.append(f"layers that the model does not have: {some(names)}.{hint}")
+        problems.append(
+            "layers that the model does not have, or whose adapter transformers does "
+            f"not heed: {some(names)}.{hint}"
+        )
     table = [name for name in found if modules[name].is_table]
     if table and model.head is None:
         problems.append(

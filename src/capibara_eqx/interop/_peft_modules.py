@@ -13,8 +13,9 @@ from ._problems import refuse
 
 
 PREFIX = "base_model.model."
-# Of a mixture: transformers has no layers there that an adapter could be put on.
-_NO_MODULE = "block_sparse_moe"
+# Of a mixture transformers has no layers that an adapter could be put on; of Mamba it
+# takes the weights of two without calling the layers, which peft refuses or leaves out.
+_NO_MODULE = re.compile(r"block_sparse_moe|^backbone\..*\.(out_proj|dt_proj)\.")
 
 
 class Module(NamedTuple):
@@ -88,7 +89,7 @@ def modules_of(function: str, model: LanguageModel) -> dict[str, Module]:
             continue
         path = place.path.replace("/", ".")
         for index, name in tensor_names(names, path, place.value.shape).items():
-            if _NO_MODULE not in name:
+            if not _NO_MODULE.search(name):
                 is_table = path == "embedding.weight"
                 module = name.removesuffix(".weight")
                 found[module] = Module(place, index, is_table)

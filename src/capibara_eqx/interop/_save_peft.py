@@ -46,9 +46,10 @@ def save_peft(
 
     **Raises:**
 
-    - `ValueError`: one for all that peft has no place for: adapters of experts, of an
-        embedding that is the head too, or DoRA of an embedding, and adapters that
-        differ in more than rank and `alpha`.
+    - `ValueError`: one for all that peft has no place for: adapters of experts and
+        routers, of `dt_proj` and `out_proj` of Mamba, of an embedding that is the head
+        too, or DoRA of an embedding, and adapters that differ in more than rank and
+        `alpha`.
     - `OSError`: if the files cannot be written.
     - `ImportError`: without the extra `interop`.
 
@@ -85,7 +86,10 @@ def _problems(model: LanguageModel, modules: Mapping[str, Module]) -> list[str]:
     problems = []
     homeless = [path for path in adapted if path not in known]
     if homeless:
-        problems.append(f"no layer of transformers is {some(homeless)}")
+        problems.append(
+            f"transformers has no layer, or heeds no adapter there: {some(homeless)}. "
+            "`merge` the model and write it with `save_hf`"
+        )
     table = adapted.get("embedding/weight")
     if table is not None and model.head is None:
         problems.append(

@@ -23,7 +23,7 @@ class LoRALinear(eqx.Module):
     !!! example
 
         ```python
-        layer = LoRALinear(64, 32, rank=8, alpha=16.0, key=jax.random.key(0))
+        layer = LoRALinear(64, 32, rank=8, alpha=16, key=jax.random.key(0))
         y = layer(x)                                   # (*batch, 64) -> (*batch, 32)
         ```
     """
@@ -40,8 +40,8 @@ class LoRALinear(eqx.Module):
         in_features: int,
         out_features: int,
         rank: int,
-        alpha: float | None = None,
-        dropout: float = 0.0,
+        alpha: int | float | None = None,
+        dropout: int | float = 0.0,
         use_bias: bool = True,
         rs: bool = False,
         dora: bool = False,

@@ -48,10 +48,7 @@ def trainable_spec(model: PyTree, also: Sequence[str] = ()) -> PyTree:
         whole = not adapted or path_of(model, keys) in chosen
         if not isinstance(node, LoRAArray):
             return _mask(node, whole)
-        mask = jax.tree.map(lambda _: False, node)
-        parts = [True] * len(node.adapter)
-        mask = eqx.tree_at(lambda node: node.adapter, mask, tuple(parts))
-        return eqx.tree_at(lambda node: node.base, mask, _mask(node.base, whole))
+        return _mask_adapter(node, whole)
 
     return jtu.tree_map_with_path(learns, model, is_leaf=is_weight)
 
@@ -61,6 +58,15 @@ def _mask(node: Any, learns: bool) -> PyTree:
     if not learns or isinstance(node, AffineArray | TernaryArray):
         return jax.tree.map(lambda _: False, node)
     return jax.tree.map(eqx.is_inexact_array, node)
+
+
+def _mask_adapter(node: LoRAArray, base_learns: bool) -> PyTree:
+    parts = ["a", "b"] if node.magnitude is None else ["a", "b", "magnitude"]
+    return eqx.tree_at(
+        lambda node: [node.base, *(getattr(node, part) for part in parts)],
+        jax.tree.map(lambda _: False, node),
+        [_mask(node.base, base_learns), *(True for _ in parts)],
+    )
 
 
 def _chosen(model: PyTree, also: Sequence[str], adapted: bool) -> set[str]:
