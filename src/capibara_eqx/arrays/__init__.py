@@ -2,7 +2,10 @@ from ._affine import Affine as Affine
 from ._affine_array import AffineArray as AffineArray
 from ._compress import Spec as Spec
 from ._compress import compress as compress
+from ._compress import recompress as recompress
 from ._fake_quant_array import FakeQuantArray as FakeQuantArray
+from ._lora import LoRA as LoRA
+from ._lora_array import LoRAArray as LoRAArray
 from ._nm import NM as NM
 from ._nm import nm_mask as nm_mask
 from ._sparse_array import SparseArray as SparseArray

@@ -42,14 +42,14 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(folder: Path) -> Iterator[Checkpoint]:
     """Opens config.json and the safetensors files; tensors are read when asked for."""
     problems: list[str] = []
-    config = _read_object(folder / CONFIG, problems)
+    config = read_object(folder / CONFIG, problems)
     files, index = _find_files(folder, problems)
     tensors: dict[str, StoredTensor] = {}
     # Opened only after all that can be said without it.
     with ExitStack() as stack:
         readable = bool(files)
         for file in files:
-            found = _open(folder / file, stack, problems)
+            found = open_tensors(folder / file, stack, problems)
             readable = readable and found is not None
             for name, tensor in (found or {}).items():
                 if index.get(name, file) == file:
@@ -68,7 +68,7 @@ def _find_files(folder: Path, problems: list[str]) -> tuple[list[str], dict[str,
     if (folder / SINGLE).is_file():
         return [SINGLE], {}
     if (folder / INDEX).is_file():
-        index = _read_object(folder / INDEX, problems)
+        index = read_object(folder / INDEX, problems)
         if index is None:
             return [], {}
         where = index.get("weight_map")
@@ -105,9 +105,10 @@ def _instead(folder: Path) -> str:
     )
 
 
-def _open(
+def open_tensors(
     path: Path, stack: ExitStack, problems: list[str]
 ) -> dict[str, StoredTensor] | None:
+    """The tensors of a file, open until `stack` ends; `None` after a problem."""
     safetensors = require_extra("safetensors", "interop")
     try:
         file = stack.enter_context(safetensors.safe_open(path, framework="np"))
@@ -124,7 +125,7 @@ def _open(
     return tensors
 
 
-def _read_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
+def read_object(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """The JSON object in `path`, `None` after a problem."""
     if not path.is_file():
         problems.append(f"{path.name} is missing")

@@ -1,5 +1,5 @@
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ._structure import Structure, abstract_model
 
 
 # Names of safetensors.
-_DTYPES: dict[str, Any] = {
+DTYPES: dict[str, Any] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -177,7 +177,7 @@ def _mismatches(
         problems.append(
             f"one array here is several dtypes there: {some(mixed)}. Pass `dtype`"
         )
-    return problems + _unsupported_dtypes(found, expected, dtype)
+    return problems + unsupported_dtypes(found, expected, dtype)
 
 
 def _untied(table: str, head: str, found: dict[str, StoredTensor]) -> list[str]:
@@ -192,19 +192,22 @@ def _untied(table: str, head: str, found: dict[str, StoredTensor]) -> list[str]:
     ]
 
 
-def _unsupported_dtypes(
-    found: dict[str, StoredTensor], expected: dict[str, Any], dtype
+def unsupported_dtypes(
+    found: Mapping[str, StoredTensor],
+    expected: Iterable[str],
+    dtype: DTypeLike | None = None,
 ) -> list[str]:
+    """What is wrong with the dtypes of the expected tensors, read as `dtype`."""
     kinds: dict[str, list[str]] = {}
     for name in expected:
         if name in found:
             kinds.setdefault(found[name].dtype, []).append(name)
     problems = []
     for kind, names in kinds.items():
-        if kind not in _DTYPES:
+        if kind not in DTYPES:
             problems.append(
                 f"tensors of dtype {kind} are not supported, only "
-                f"{', '.join(_DTYPES)}: {some(names)}. Are they quantized?"
+                f"{', '.join(DTYPES)}: {some(names)}. Are they quantized?"
             )
         elif kind == "F64" and dtype is None and not _has_float64():
             problems.append(
@@ -229,7 +232,7 @@ def _fill(
         path = jax.tree_util.keystr(path, simple=True, separator=".")
         parts = tensor_names(names, path, leaf.shape)
         stored = {index: checkpoint.tensors[name] for index, name in parts.items()}
-        first = _DTYPES[next(iter(stored.values())).dtype]
+        first = DTYPES[next(iter(stored.values())).dtype]
         kind = first if own_dtypes else leaf.dtype
         if () in parts:
             value = stored[()].read(parts[()])

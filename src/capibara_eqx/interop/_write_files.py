@@ -57,17 +57,17 @@ def write_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
-        _write_json(temporary / CONFIG, config)
+        write_json(temporary / CONFIG, config)
         shards = _shards(pieces, limit)
         for file, names in shards.items():
-            _write_tensors(temporary / file, {name: pieces[name] for name in names})
+            write_tensors(temporary / file, {name: pieces[name] for name in names})
             # Some safetensors keep their files from all but the owner.
             shutil.copymode(temporary / CONFIG, temporary / file)
         if len(shards) > 1:
             total = sum(piece.nbytes for piece in pieces.values())
             where = {name: file for file, names in shards.items() for name in names}
             index = {"metadata": {"total_size": total}, "weight_map": where}
-            _write_json(temporary / INDEX, index)
+            write_json(temporary / INDEX, index)
         _commit(temporary, folder, list(shards))
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,7 +105,8 @@ def _shards(pieces: Mapping[str, Piece], limit: int | None) -> dict[str, list[st
     }
 
 
-def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> None:
+def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> None:
+    """A safetensors file that is on the disk when this returns."""
     save_file = require_extra("safetensors.numpy", "interop").save_file
     arrays = {name: piece.array() for name, piece in pieces.items()}
     # transformers asks for the format.
@@ -114,7 +115,8 @@ def _write_tensors(path: Path, pieces: Mapping[str, Piece]) -> None:
         os.fsync(file.fileno())
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """A JSON file that is on the disk when this returns."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=2, allow_nan=False)
         file.write("\n")

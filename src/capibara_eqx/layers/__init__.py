@@ -28,6 +28,7 @@ from ._kv_cache import KVCache as KVCache
 from ._linear import Linear as Linear
 from ._linear_ssm import LinearSSM as LinearSSM
 from ._linear_ssm import LinearSSMCache as LinearSSMCache
+from ._lora_linear import LoRALinear as LoRALinear
 from ._mamba import Mamba as Mamba
 from ._mamba import MambaCache as MambaCache
 from ._mamba2 import Mamba2 as Mamba2

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from ..arrays import LoRAArray
 from ..internal import check_probability
 
 
@@ -68,16 +69,21 @@ class Dropout(eqx.Module):
         return jnp.where(mask, x * scale.astype(x.dtype), jnp.zeros_like(x))
 
 
-def _is_active(dropout: Dropout | eqx.nn.Dropout) -> bool:
+def _is_active(dropout: Dropout | eqx.nn.Dropout | LoRAArray) -> bool:
+    if isinstance(dropout, LoRAArray):
+        return dropout.has_active_dropout
     never = isinstance(dropout.p, int | float) and dropout.p == 0
     return not (dropout.inference or never)
 
 
 def has_active_dropout(model: PyTree) -> bool:
-    """Whether a call of `model` would zero elements at random; Equinox's count too."""
+    """Whether a call of `model` would zero elements at random.
+
+    Equinox's layers and the adapters of weights count too.
+    """
 
     def is_dropout(node):
-        return isinstance(node, Dropout | eqx.nn.Dropout)
+        return isinstance(node, Dropout | eqx.nn.Dropout | LoRAArray)
 
     leaves = jax.tree.leaves(model, is_leaf=is_dropout)
     return any(is_dropout(leaf) and _is_active(leaf) for leaf in leaves)

@@ -1,5 +1,6 @@
 from ..arrays import NM as NM
 from ..arrays import Affine as Affine
+from ..arrays import LoRA as LoRA
 from ..arrays import Ternary as Ternary
 from ._calibrate import Calibration as Calibration
 from ._calibrate import calibrate as calibrate
@@ -7,7 +8,12 @@ from ._erk import erk_rules as erk_rules
 from ._gptq import gptq as gptq
 from ._hessian import Hessians as Hessians
 from ._hessian import collect_hessian as collect_hessian
+from ._lora import attention_rules as attention_rules
+from ._lora import lora as lora
+from ._lora import with_dropout_key as with_dropout_key
 from ._magnitude_pruning import magnitude_pruning as magnitude_pruning
+from ._merge import merge as merge
+from ._merge import unmerge as unmerge
 from ._quantize import convert as convert
 from ._quantize import dequantize as dequantize
 from ._quantize import prepare_qat as prepare_qat

@@ -15,8 +15,8 @@ from ..internal import check_flag, check_range, check_size
 from ..kernels import spread_groups
 from ._gptq_core import MOST_DAMPING, Rounded, Settings, round_columns
 from ._hessian import Hessians
-from ._places import Place
-from ._quantize import _check_spec, _compress, _finite, _matrix, _same, _transform
+from ._places import Place, as_matrix
+from ._quantize import _check_spec, _compress, _same, _transform, require_finite
 from ._report import Report
 from ._rules import Rule
 
@@ -99,7 +99,7 @@ def gptq(
         _check(function, place, spec)
         if isinstance(place.value, AbstractWeight):
             return _same(function, place, spec, (AffineArray, TernaryArray))
-        weight = _matrix(_finite(function, place), place)
+        weight = as_matrix(require_finite(function, place), place)
         hessian = stats.matrices.get(place.path)
         if hessian is None:
             fallback = jnp.ones(weight.shape[:-2], jnp.bool_)

@@ -7,10 +7,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.tree_util as jtu
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
-from ..arrays import AbstractWeight, is_weight
-from ..layers import CompressedConv, Embedding, Linear, MoE
+from ..arrays import AbstractWeight, LoRAArray, is_weight
+from ..layers import CompressedConv, Embedding, Linear, LoRALinear, MoE
 
 
 # The matrices of layers that are known; nothing else of theirs is one, whatever its
@@ -24,6 +24,7 @@ _MATRICES: Mapping[type, tuple[str, ...]] = {
     eqx.nn.ConvTranspose: ("weight",),
     CompressedConv: ("matrix",),
     Linear: ("weight",),
+    LoRALinear: ("weight",),
     Embedding: ("weight",),
     MoE: ("gate", "up", "down"),
 }
@@ -36,9 +37,10 @@ class Place:
 
     - `path`: as rules name it.
     - `keys`: the way to it from the model.
-    - `value`: the array or the node.
-    - `holder`: what it is a part of.
+    - `value`: the array or the node; that under the adapter, if there is one.
+    - `holder`: the layer that it is a part of.
     - `is_matrix`: whether a node can stand in its place.
+    - `adapter`: the one around it.
     """
 
     path: str
@@ -46,6 +48,18 @@ class Place:
     value: Any
     holder: Any
     is_matrix: bool
+    adapter: LoRAArray | None = None
+
+    @property
+    def whole(self) -> Any:
+        """What the layer holds: the value, or the adapter around it."""
+        return self.value if self.adapter is None else self.adapter
+
+    def around(self, value: Any) -> Any:
+        """What the layer would hold with another value there."""
+        if self.adapter is None:
+            return value
+        return eqx.tree_at(lambda node: node.base, self.adapter, value)
 
 
 def places(model: PyTree) -> list[Place]:
@@ -56,9 +70,10 @@ def places(model: PyTree) -> list[Place]:
         if not isinstance(value, AbstractWeight) and not eqx.is_inexact_array(value):
             continue
         holder = get(model, keys[:-1]) if keys else None
-        path = _path(model, keys)
+        path = path_of(model, keys)
         matrix = isinstance(value, AbstractWeight) or _is_matrix(keys, value, holder)
-        found.append(Place(path, tuple(keys), value, holder, matrix))
+        place = Place(path, tuple(keys), value, holder, matrix)
+        found.append(_under_adapter(place) if isinstance(value, LoRAArray) else place)
     return found
 
 
@@ -90,7 +105,15 @@ def replace(model: PyTree, new: Mapping[tuple[Any, ...], Any]) -> PyTree:
     )
 
 
-def _path(model, keys) -> str:
+def as_matrix(weight: Array, place: Place) -> Array:
+    """`(*stack, out, in)`: of a convolution a row holds the taps of a channel."""
+    if not isinstance(place.holder, eqx.nn.Conv | eqx.nn.ConvTranspose):
+        return weight
+    kernel = place.holder.num_spatial_dims + 1
+    return weight.reshape(*weight.shape[:-kernel], -1)
+
+
+def path_of(model: PyTree, keys: Sequence[Any]) -> str:
     """What it was called before a convolution around it was compressed."""
     names = []
     for i, key in enumerate(keys):
@@ -101,6 +124,13 @@ def _path(model, keys) -> str:
         elif name == "matrix":
             names.append("weight")
     return "/".join(names)
+
+
+def _under_adapter(place: Place) -> Place:
+    """The weight that has the adapter, by its own name."""
+    keys = (*place.keys, jtu.GetAttrKey("base"))
+    base, adapter = place.value.base, place.value
+    return Place(place.path, keys, base, place.holder, True, adapter)
 
 
 def _is_matrix(keys, value, holder) -> bool:

@@ -5,7 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, PyTree
+from jaxtyping import PyTree
 
 from ..arrays import (
     AbstractWeight,
@@ -17,7 +17,7 @@ from ..arrays import (
     compress,
 )
 from ..layers import CompressedConv
-from ._places import Place, places, replace
+from ._places import Place, as_matrix, places, replace
 from ._report import Report, entry, report
 from ._rules import Rule, choose
 
@@ -155,7 +155,7 @@ def dequantize(model: PyTree) -> PyTree:
     for place in places(model):
         if not isinstance(place.value, (*_COMPRESSED, FakeQuantArray)):
             continue
-        if isinstance(place.holder, CompressedConv):
+        if isinstance(place.holder, CompressedConv) and place.adapter is None:
             new[place.keys[:-1]] = place.holder.restored()
         else:
             new[place.keys] = place.value.dense()
@@ -180,7 +180,7 @@ def _transform(
         node = make(function, place, rule.spec)
         if node is place.value:
             continue
-        entries[place.path] = entry(place.path, node, place.value)
+        entries[place.path] = entry(place.path, place.around(node), place.whole)
         if isinstance(place.holder, eqx.nn.Conv | eqx.nn.ConvTranspose):
             new[place.keys[:-1]] = CompressedConv(place.holder, node)
         else:
@@ -200,7 +200,7 @@ def _packed(function: str, place: Place, spec: Spec) -> AbstractWeight:
         function,
         place,
         _compress,
-        _matrix(require_finite(function, place), place),
+        as_matrix(require_finite(function, place), place),
         spec,
     )
 
@@ -209,7 +209,7 @@ def _faked(function: str, place: Place, spec: Spec) -> AbstractWeight:
     _check_spec(function, spec)
     if isinstance(place.value, AbstractWeight):
         return _same(function, place, spec, (FakeQuantArray,))
-    weight = _matrix(require_finite(function, place), place)
+    weight = as_matrix(require_finite(function, place), place)
     # What cannot be compressed should fail here, not after the training.
     _named(function, place, lambda: eqx.filter_eval_shape(compress, weight, spec))
     return FakeQuantArray.of(weight, spec)
@@ -251,14 +251,6 @@ def _check_spec(function: str, spec: Any) -> None:
             f"{function}: the `spec` of a Rule must be an Affine, a Ternary, an NM or "
             f"None, got {spec!r}.{called}"
         )
-
-
-def _matrix(weight: Array, place: Place) -> Array:
-    """`(*stack, out, in)`: of a convolution a row holds the taps of a channel."""
-    if not isinstance(place.holder, eqx.nn.Conv | eqx.nn.ConvTranspose):
-        return weight
-    kernel = place.holder.num_spatial_dims + 1
-    return weight.reshape(*weight.shape[:-kernel], -1)
 
 
 def require_finite(function: str, place: Place) -> Any:

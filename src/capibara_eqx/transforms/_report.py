@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float, PyTree
 
-from ..arrays import AbstractWeight, FakeQuantArray, as_array
+from ..arrays import AbstractWeight, FakeQuantArray, LoRAArray, as_array
 from ..internal import accumulate
 from ._places import places
 
@@ -120,17 +120,17 @@ def report(model: PyTree, reference: PyTree | None = None) -> Report:
     """
     original = {}
     if reference is not None:
-        original = {place.path: place.value for place in places(reference)}
+        original = {place.path: place.whole for place in places(reference)}
     entries, left = [], []
     for place in places(model):
-        if not isinstance(place.value, AbstractWeight):
+        if not isinstance(place.whole, AbstractWeight):
             left.append((place.path, place.value.shape, place.value.nbytes))
             continue
         weight = None
         if reference is not None:
             weight = original.get(place.path)
             _check_reference(place, weight)
-        entries.append(entry(place.path, place.value, weight))
+        entries.append(entry(place.path, place.whole, weight))
     return Report(tuple(entries), tuple(left))
 
 
@@ -156,6 +156,9 @@ def entry(
 
 def scheme(node: AbstractWeight) -> str:
     """The form that a weight is kept in, in a few words."""
+    if isinstance(node, LoRAArray):
+        plain = not isinstance(node.base, AbstractWeight)
+        return f"{node.spec} over {node.dtype if plain else scheme(node.base)}"
     words = str(getattr(node, "spec", type(node).__name__))
     return f"fake {words}" if isinstance(node, FakeQuantArray) else words
 
