@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import quant_oracle as oracle
+from support import packed_oracle as oracle
 from support.derivatives import quick_jit
 
 from capibara_eqx.kernels import (

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
-from support import quant_oracle as oracle
+from support import packed_oracle as oracle
+from support.packed_cases import arguments, compiled, expected, narrow, run, static
 from support.pallas import PLATFORMS, each_lowered, each_run
 from support.precision import enable_x64
-from support.quant_cases import arguments, compiled, expected, narrow, run, static
 from support.tolerances import assert_close, assert_rounded
 
 from capibara_eqx.kernels import _backends, quant_matmul

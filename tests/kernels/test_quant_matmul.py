@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import quant_oracle as oracle
+from support import packed_oracle as oracle
 from support.derivatives import (
     check_first_order,
     check_second_order,
@@ -16,8 +16,7 @@ from support.derivatives import (
     check_vmap_of_derivatives,
     quick_jit,
 )
-from support.precision import enable_x64
-from support.quant_cases import (
+from support.packed_cases import (
     arguments,
     compiled,
     expected,
@@ -26,6 +25,7 @@ from support.quant_cases import (
     static,
     terms,
 )
+from support.precision import enable_x64
 from support.tolerances import EPSILONS, assert_close, assert_rounded
 
 from capibara_eqx.kernels import decode_codes, quant_matmul, round_tokens

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support import quant_oracle as oracle
+from support import packed_oracle as oracle
 from support.derivatives import quick_jit
 
 from capibara_eqx.kernels import quant_matmul
