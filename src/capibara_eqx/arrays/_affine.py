@@ -19,6 +19,7 @@ from ._weight import straight_through
 
 _SHRINKS = 80  # ranges that calibration by squared error tries
 _NARROWEST = 0.2
+_REACH = 0.51  # steps beyond the last code that have its gradient
 _SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -167,15 +168,17 @@ def fake_affine(
         origin = spread_groups(zero.astype(wide.dtype), wide.shape, packing)
     spread = spread_groups(scale.astype(wide.dtype), wide.shape, packing)
     value = (codes.astype(wide.dtype) - origin) * spread
-    if spec.gradient == "identity":
+    # Of all values the range leaves none outside, though the largest may round to a
+    # code beyond the last: the ends of a full range lie half a step from it.
+    if spec.gradient == "identity" or spec.calibration == "minmax":
         return straight_through(value, wide)
     low, high = spec.limits
     least = low - origin if zero is not None else jnp.full_like(origin, low)
     most = high - origin if zero is not None else jnp.full_like(origin, high)
-    # Half a step beyond the last code still rounds to it.
-    inverse = spread_inverse(scale, wide, packing)
-    rounded = jnp.round(jax.lax.stop_gradient(wide) * inverse)
-    inside = (rounded >= least) & (rounded <= most)
+    # Half a step beyond the last code still rounds to it; a little more, for the ends
+    # of a full range again.
+    steps = jax.lax.stop_gradient(wide) * spread_inverse(scale, wide, packing)
+    inside = (steps >= least - _REACH) & (steps <= most + _REACH)
     return straight_through(value, jnp.where(inside, wide, value))
 
 
