@@ -19,6 +19,7 @@ from ._weight import straight_through
 
 _SHRINKS = 80  # ranges that calibration by squared error tries
 _NARROWEST = 0.2
+_REACH = 0.51  # steps beyond the last code that have its gradient
 _SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -134,9 +135,7 @@ def affine_codes(
     """The nearest codes, halves to even."""
     wide = accumulate(weight)
     packing = spec.packing(weight.shape[-1])
-    steps = jnp.round(
-        wide / spread_groups(scale.astype(wide.dtype), wide.shape, packing)
-    )
+    steps = jnp.round(wide * spread_inverse(scale, wide, packing))
     origin = jnp.full((), packing.middle, wide.dtype)
     if zero is not None:
         origin = spread_groups(zero.astype(wide.dtype), wide.shape, packing)
@@ -169,14 +168,17 @@ def fake_affine(
         origin = spread_groups(zero.astype(wide.dtype), wide.shape, packing)
     spread = spread_groups(scale.astype(wide.dtype), wide.shape, packing)
     value = (codes.astype(wide.dtype) - origin) * spread
-    if spec.gradient == "identity":
+    # Of all values the range leaves none outside, though the largest may round to a
+    # code beyond the last: the ends of a full range lie half a step from it.
+    if spec.gradient == "identity" or spec.calibration == "minmax":
         return straight_through(value, wide)
     low, high = spec.limits
     least = low - origin if zero is not None else jnp.full_like(origin, low)
     most = high - origin if zero is not None else jnp.full_like(origin, high)
-    # Half a step beyond the last code still rounds to it.
-    rounded = jnp.round(jax.lax.stop_gradient(wide) / spread)
-    inside = (rounded >= least) & (rounded <= most)
+    # Half a step beyond the last code still rounds to it; a little more, for the ends
+    # of a full range again.
+    steps = jax.lax.stop_gradient(wide) * spread_inverse(scale, wide, packing)
+    inside = (steps >= least - _REACH) & (steps <= most + _REACH)
     return straight_through(value, jnp.where(inside, wide, value))
 
 
@@ -212,7 +214,7 @@ def fake_steps(
 ) -> Float[Array, "*stack out in"]:
     """Rounded to steps between `limits`, differentiable in the step too."""
     spread = spread_groups(scale.astype(wide.dtype), wide.shape, packing)
-    steps = wide / spread
+    steps = wide * spread_inverse(scale, wide, packing)
     low, high = limits
     # At a limit as beyond it, as in the paper; `clip` would take half of each side.
     inside = (steps > low) & (steps < high)
@@ -220,6 +222,20 @@ def fake_steps(
         inside, steps, jnp.clip(jax.lax.stop_gradient(steps), low, high)
     )
     return straight_through(jnp.round(clipped), clipped) * spread
+
+
+def spread_inverse(
+    scale: Float[Array, "*stack rows groups"],
+    wide: Float[Array, "*stack out in"],
+    packing: Packing,
+) -> Float[Array, "*stack out in"]:
+    """1 / step for every value.
+
+    XLA makes a product with the inverse of every division by what is spread. Then the
+    rounding of ties, such as the ends of a full range, would depend on what is compiled
+    together, and a weight in training would have other codes than the converted one.
+    """
+    return spread_groups(1 / scale.astype(wide.dtype), wide.shape, packing)
 
 
 def packing_of_tensor(shape: tuple[int, ...]) -> Packing:
@@ -277,7 +293,8 @@ def _stored_step(step, some, dtype, spec):
     stored = jnp.dtype(spec.scale_dtype or dtype)
     limits = [jnp.finfo(stored), jnp.finfo(dtype)]
     least = max(float(limit.tiny) for limit in limits)
-    most = min(float(limit.max) for limit in limits)
+    # Not so large that its inverse is subnormal, which is zero.
+    most = min(float(limits[0].max), float(limits[1].max) / 8)
     step = jnp.clip(step, least, most)
     return jnp.where(some, step, 1).astype(stored)
 
@@ -289,7 +306,7 @@ def _best_range(grouped, low, high, spec):
     def error(share):
         scale, zero = _from_range(low * share, high * share, grouped.dtype, spec)
         step = scale.astype(grouped.dtype)[..., None]
-        steps = jnp.round(values / jnp.broadcast_to(step, values.shape))
+        steps = jnp.round(values * jnp.broadcast_to(1 / step, values.shape))
         least, most = spec.limits
         if zero is not None:
             origin = zero.astype(grouped.dtype)[..., None]

@@ -13,6 +13,7 @@ from ._affine import (
     learned_scale,
     packing_of_tensor,
     positive_step,
+    spread_inverse,
 )
 from ._weight import straight_through
 
@@ -84,7 +85,8 @@ def ternary_codes(
     wide = accumulate(weight)
     stored = jnp.dtype(spec.scale_dtype or wide.dtype)
     gamma = mean_size(wide) if step is None else positive_step(step).astype(wide.dtype)
-    codes = jnp.clip(jnp.round(wide / jnp.broadcast_to(gamma, wide.shape)), -1, 1)
+    packing = packing_of_tensor(weight.shape)
+    codes = jnp.clip(jnp.round(wide * spread_inverse(gamma, wide, packing)), -1, 1)
     scale = gamma
     if spec.scale in ("seed", "l2"):
         count = jnp.sum(jnp.abs(codes), axis=(-2, -1), keepdims=True)
