@@ -23,6 +23,7 @@ from . import (
     mamba2_decode,
     moe,
     one_token,
+    quant_matmul,
     s4d,
     scaling,
     second_order,
@@ -56,6 +57,7 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "attention": attention.measure,
     "llama_decode": llama_decode.measure,
     "moe": moe.measure,
+    "quant_matmul": quant_matmul.measure,
     "sequence_parallel": sequence_parallel.measure,
     "gpu": gpu.measure,
 }
