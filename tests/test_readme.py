@@ -28,7 +28,7 @@ def promotion_of_users():
 def test_the_examples_run_and_learn(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = blocks_of("README.md")
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names: dict = {}
     for block in blocks:
         exec(block, names)
@@ -37,6 +37,7 @@ def test_the_examples_run_and_learn(monkeypatch, tmp_path):
     assert names["out"].tokens.shape == (1, 40)
     assert (tmp_path / "checkpoint" / "config.json").exists()
     assert names["model"].stack.num_blocks == 2
+    assert names["report"].nbytes < names["report"].original_bytes / 4
 
 
 @pytest.mark.usefixtures("promotion_of_users")

@@ -8,26 +8,9 @@ import sys
 import time
 
 import pytest
+from support.tiny import SMALL
 
 from capibara_eqx.cli import main
-
-
-_SMALL = [
-    "--d-model=8",
-    "--n-layers=1",
-    "--d-state=2",
-    "--seq-len=16",
-    "--batch-size=4",
-    "--learning-rate=0.01",
-]
-
-
-@pytest.fixture(scope="module")
-def finished(text, tmp_path_factory):
-    """A run folder of `capibara train`, and its exit code."""
-    out = tmp_path_factory.mktemp("runs") / "run"
-    arguments = ["train", f"--text={text}", f"--out={out}", "--steps=30", *_SMALL]
-    return main(arguments), out
 
 
 def test_train_writes_the_run_folder(finished, text):
@@ -76,7 +59,7 @@ def test_failed_check_is_a_failed_command(text, tmp_path, monkeypatch):
         "capibara_eqx.cli._train.cached_logits_error", lambda *_: (1.0, 1e-5)
     )
     arguments = ["train", f"--text={text}", f"--out={tmp_path / 'run'}", "--steps=2"]
-    assert main([*arguments, *_SMALL]) == 1
+    assert main([*arguments, *SMALL]) == 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["checks"]["passed"] is False
 
@@ -85,7 +68,7 @@ def test_failed_check_is_a_failed_command(text, tmp_path, monkeypatch):
 def test_interrupt_saves_and_resumes(text, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "capibara_eqx.cli", "train"]
-    arguments = [f"--text={text}", f"--out={out}", "--seconds=600", *_SMALL]
+    arguments = [f"--text={text}", f"--out={out}", "--seconds=600", *SMALL]
     process = subprocess.Popen(
         [*command, *arguments], stdout=subprocess.PIPE, text=True, env=os.environ
     )

@@ -29,3 +29,14 @@ def tiny_corpus(size: int = 4000) -> Corpus:
     data[noisy] = rng.integers(0, 256, noisy.sum())
     cut = size * 9 // 10
     return Corpus(data[:cut], data[cut:], 1, 0, "0" * 64, "a noisy count")
+
+
+# Flags of a training that takes a moment.
+SMALL = [
+    "--d-model=8",
+    "--n-layers=1",
+    "--d-state=2",
+    "--seq-len=16",
+    "--batch-size=4",
+    "--learning-rate=0.01",
+]

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import equinox as eqx
@@ -22,7 +23,16 @@ from capibara_eqx.train import (
 
 
 def _model(seed=0):
-    return mamba_language_model(11, 8, 2, d_state=2, key=jax.random.key(seed))
+    return mamba_language_model(11, 8, 1, d_state=2, key=jax.random.key(seed))
+
+
+SGD = optax.sgd(0.1)
+
+
+@functools.cache
+def _step(accumulation=1, compute_dtype=None):
+    """A step of `SGD`, compiled once for all tests."""
+    return make_train_step(SGD, accumulation=accumulation, compute_dtype=compute_dtype)
 
 
 def _batch(rows=4, length=9):
@@ -43,7 +53,6 @@ def test_step_is_gradient_descent_on_the_loss():
     # With plain SGD the change of the parameters is the gradient, which autodiff of
     # the written-out loss gives another way.
     model, batch = _model(), _batch()
-    optimizer = optax.sgd(0.1)
     before = jax.tree.map(jnp.copy, eqx.filter(model, eqx.is_inexact_array))
 
     def loss(model):
@@ -53,9 +62,7 @@ def test_step_is_gradient_descent_on_the_loss():
         )
 
     value, grads = eqx.filter_value_and_grad(loss)(model)
-    state, metrics = make_train_step(optimizer)(
-        init_train_state(model, optimizer), batch
-    )
+    state, metrics = _step()(init_train_state(model, SGD), batch)
     after = eqx.filter(state.model, eqx.is_inexact_array)
     assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-6)
     norm = math.sqrt(sum(float((g**2).sum()) for g in jax.tree.leaves(grads)))
@@ -67,13 +74,12 @@ def test_step_is_gradient_descent_on_the_loss():
         np.testing.assert_allclose(new, old - 0.1 * grad, atol=1e-6)
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(parts):
-    optimizer = optax.sgd(0.5)
     results = []
     for accumulation in (1, parts):
-        step = make_train_step(optimizer, accumulation=accumulation)
-        state, metrics = step(init_train_state(_model(), optimizer), _batch())
+        step = _step(accumulation)
+        state, metrics = step(init_train_state(_model(), SGD), _batch())
         results.append((jax.tree.leaves(state.model), metrics["loss"]))
     (whole, loss), (parted, parted_loss) = results
     assert float(loss) == pytest.approx(float(parted_loss), rel=1e-6)
@@ -90,11 +96,9 @@ def test_bfloat16_computes_in_half_and_keeps_float32_parameters():
     assert mixer.A_log.dtype == mixer.D.dtype == jnp.float32
     assert cast(jnp.zeros((1, 3), jnp.int32)).dtype == jnp.bfloat16
 
-    optimizer = optax.sgd(0.1)
-    step = make_train_step(optimizer, compute_dtype=jnp.bfloat16)
-    full = make_train_step(optimizer)
-    state, metrics = step(init_train_state(_model(), optimizer), _batch())
-    _, exact = full(init_train_state(_model(), optimizer), _batch())
+    step = _step(compute_dtype=jnp.bfloat16)
+    state, metrics = step(init_train_state(_model(), SGD), _batch())
+    _, exact = _step()(init_train_state(_model(), SGD), _batch())
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(state.model) if eqx.is_array(leaf)}
     assert dtypes == {jnp.dtype(jnp.float32)}
     # Logits carry a relative error of bfloat16's 2^-8; they are below 1 here.
@@ -126,7 +130,7 @@ class _Reporting(AbstractSequenceMixer):
         return self.mixer.step(x, cache)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_aux_losses_reach_the_objective(getkey, scan):
     mixers = [_Reporting(Mamba(8, d_state=2, key=getkey())) for _ in range(2)]
     blocks = [ResidualBlock(mixer, 8) for mixer in mixers]

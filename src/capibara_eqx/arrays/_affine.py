@@ -19,6 +19,7 @@ from ._weight import straight_through
 
 _SHRINKS = 80  # ranges that calibration by squared error tries
 _NARROWEST = 0.2
+_SCALE_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,9 +84,7 @@ class Affine:
 
     def __post_init__(self):
         _check(self)
-        if self.scale_dtype is not None:
-            # One spelling, so that equal specs compare equal.
-            object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
+        object.__setattr__(self, "scale_dtype", known_dtype(self.scale_dtype))
 
     def __str__(self) -> str:
         words = [f"int{self.bits}"]
@@ -191,11 +190,18 @@ def learned_scale(
 
     $N$ is how many values share it and $Q$ the highest code.
     """
-    step = jnp.maximum(jnp.abs(step), jnp.finfo(step.dtype).tiny)
+    step = positive_step(step)
     rows = weight.shape[-2] // step.shape[-2]
-    share = packing.group_size or packing.size
-    factor = (rows * min(share, packing.size) * highest) ** -0.5
+    width = packing.group_size or packing.size
+    counts = [min(width, packing.size - width * i) for i in range(packing.groups)]
+    factors = [(rows * count * highest) ** -0.5 for count in counts]
+    factor = jnp.broadcast_to(jnp.array(factors, step.dtype), step.shape)
     return straight_through(step, step * factor)
+
+
+def positive_step(step: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """A learned step as it is used: training may take it below zero."""
+    return jnp.maximum(jnp.abs(step), jnp.finfo(step.dtype).tiny)
 
 
 def fake_steps(
@@ -207,7 +213,12 @@ def fake_steps(
     """Rounded to steps between `limits`, differentiable in the step too."""
     spread = spread_groups(scale.astype(wide.dtype), wide.shape, packing)
     steps = wide / spread
-    clipped = jnp.clip(steps, *limits)
+    low, high = limits
+    # At a limit as beyond it, as in the paper; `clip` would take half of each side.
+    inside = (steps > low) & (steps < high)
+    clipped = jnp.where(
+        inside, steps, jnp.clip(jax.lax.stop_gradient(steps), low, high)
+    )
     return straight_through(jnp.round(clipped), clipped) * spread
 
 
@@ -250,19 +261,25 @@ def _from_range(low, high, dtype, spec):
     """Step and zero point for a range."""
     count = 2**spec.bits - 1
     if not spec.symmetric:
-        # One by one, since their difference may be too large a number.
-        scale = _step(high / count - low / count, dtype, spec)
+        # Half of each, since their difference may be too large a number. Halves are
+        # exact, so that compiled or not the step is the same to the bit.
+        step = (high / 2 - low / 2) / (count / 2)
+        scale = _stored_step(step, high > low, dtype, spec)
         zero = jnp.clip(jnp.round(-low / scale.astype(dtype)), 0, count)
         return scale, zero.astype(jnp.uint8)
     half = 2 ** (spec.bits - 1)
-    return _step(high / (half - 1 if spec.is_narrow else half - 0.5), dtype, spec), None
+    step = high / (half - 1 if spec.is_narrow else half - 0.5)
+    return _stored_step(step, high > 0, dtype, spec), None
 
 
-def _step(step, dtype, spec):
+def _stored_step(step, some, dtype, spec):
+    """In the dtype that keeps it, within its range; 1 where all values are zero."""
     stored = jnp.dtype(spec.scale_dtype or dtype)
-    # Values too small for a step of their own are all the code of zero.
-    smallest = jnp.finfo(stored).tiny
-    return jnp.where(step >= smallest, step, 1).astype(stored)
+    limits = [jnp.finfo(stored), jnp.finfo(dtype)]
+    least = max(float(limit.tiny) for limit in limits)
+    most = min(float(limit.max) for limit in limits)
+    step = jnp.clip(step, least, most)
+    return jnp.where(some, step, 1).astype(stored)
 
 
 def _best_range(grouped, low, high, spec):
@@ -318,8 +335,19 @@ def _check(spec: Affine) -> None:
             "`learned_step` is for symmetric codes; got symmetric=False. Leave one of "
             "the two out."
         )
-    dtype = spec.scale_dtype
-    if dtype is not None and not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+
+
+def known_dtype(dtype: DTypeLike | None) -> jnp.dtype | None:
+    """In one spelling, so that equal specs compare equal."""
+    if dtype is None:
+        return None
+    try:
+        known = jnp.dtype(dtype)
+    except TypeError:
+        known = dtype
+    if known not in [jnp.dtype(name) for name in _SCALE_DTYPES]:
         raise ValueError(
-            f"`scale_dtype` must be a floating point dtype, got {jnp.dtype(dtype)}."
+            f"`scale_dtype` must be one of {', '.join(_SCALE_DTYPES)} or None, got "
+            f"{known}. Codes get their size from `bits`, scales from this."
         )
+    return jnp.dtype(known)

@@ -1,12 +1,12 @@
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, UInt8
 
 from ..kernels import decode_codes, pack_codes, quant_matmul, unpack_codes
-from ._affine import Affine, affine_codes, affine_steps
-from ._weight import AbstractWeight
+from ._affine import Affine, affine_codes, affine_steps, positive_step
+from ._weight import AbstractWeight, take_rows
 
 
 class AffineArray(AbstractWeight):
@@ -37,7 +37,7 @@ class AffineArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         spec: Affine,
         step: Float[Array, "*stack rows groups"] | None = None,
-    ) -> Self:
+    ) -> "AffineArray":
         """The nearest codes to a weight.
 
         **Arguments:**
@@ -54,8 +54,7 @@ class AffineArray(AbstractWeight):
         """
         scale, zero = affine_steps(weight, spec)
         if step is not None:
-            smallest = jnp.finfo(step.dtype).tiny
-            scale = jnp.maximum(jnp.abs(step), smallest).astype(scale.dtype)
+            scale = positive_step(step).astype(scale.dtype)
         codes = affine_codes(weight, scale, zero, spec)
         return cls.from_codes(codes, scale, zero, spec, weight.dtype)
 
@@ -67,7 +66,7 @@ class AffineArray(AbstractWeight):
         zero: UInt8[Array, "*stack rows groups"] | None,
         spec: Affine,
         dtype: Any,
-    ) -> Self:
+    ) -> "AffineArray":
         """Codes, steps and zero points that something else found, packed."""
         return cls(
             codes=pack_codes(codes, spec.bits),
@@ -106,12 +105,4 @@ class AffineArray(AbstractWeight):
         )
 
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
-        of_groups = jnp.zeros_like(index) if self.scale.shape[0] == 1 else index
-        zero = self.zero_points
-        row = decode_codes(
-            self.codes[index],
-            self.scale[of_groups],
-            None if zero is None else zero[of_groups],
-            self.spec.packing(self.in_features),
-        )
-        return row.astype(self.dtype)
+        return take_rows(self, index)

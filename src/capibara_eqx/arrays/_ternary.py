@@ -7,7 +7,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int8
 
 from ..internal import accumulate, check_choice
-from ._affine import fake_steps, learned_scale, packing_of_tensor
+from ._affine import (
+    fake_steps,
+    known_dtype,
+    learned_scale,
+    packing_of_tensor,
+    positive_step,
+)
 from ._weight import straight_through
 
 
@@ -54,8 +60,7 @@ class Ternary:
         check_choice("scale", self.scale, ("absmean", "seed", "l2", "learned"))
         check_choice("activations", self.activations, (None, "int8"))
         check_choice("packing", self.packing, ("2bit", "base3"))
-        if self.scale_dtype is not None:
-            object.__setattr__(self, "scale_dtype", jnp.dtype(self.scale_dtype))
+        object.__setattr__(self, "scale_dtype", known_dtype(self.scale_dtype))
 
     @property
     def learned_step(self) -> bool:
@@ -78,7 +83,7 @@ def ternary_codes(
     """Codes -1, 0 and 1, and what they are multiplied by."""
     wide = accumulate(weight)
     stored = jnp.dtype(spec.scale_dtype or wide.dtype)
-    gamma = mean_size(wide) if step is None else positive(step.astype(wide.dtype))
+    gamma = mean_size(wide) if step is None else positive_step(step).astype(wide.dtype)
     codes = jnp.clip(jnp.round(wide / jnp.broadcast_to(gamma, wide.shape)), -1, 1)
     scale = gamma
     if spec.scale in ("seed", "l2"):
@@ -110,9 +115,5 @@ def fake_ternary(
 
 def mean_size(wide: Float[Array, "*stack out in"]) -> Float[Array, "*stack 1 1"]:
     """The mean absolute value of a matrix; 1 for one of zeros."""
-    return positive(jnp.mean(jnp.abs(wide), axis=(-2, -1), keepdims=True))
-
-
-def positive(scale: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    scale = jnp.abs(scale)
-    return jnp.where(scale >= jnp.finfo(scale.dtype).tiny, scale, 1)
+    mean = jnp.mean(jnp.abs(wide), axis=(-2, -1), keepdims=True)
+    return jnp.where(mean >= jnp.finfo(mean.dtype).tiny, mean, 1)

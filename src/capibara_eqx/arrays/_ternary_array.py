@@ -1,5 +1,3 @@
-from typing import Self
-
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int8, Integer, UInt8
@@ -14,7 +12,7 @@ from ..kernels import (
     unpack_trits,
 )
 from ._ternary import Ternary, ternary_codes
-from ._weight import AbstractWeight
+from ._weight import AbstractWeight, take_rows
 
 
 _BITS = 2
@@ -49,7 +47,7 @@ class TernaryArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         spec: Ternary,
         step: Float[Array, "*stack 1 1"] | None = None,
-    ) -> Self:
+    ) -> "TernaryArray":
         """The nearest codes to a weight.
 
         **Arguments:**
@@ -74,7 +72,7 @@ class TernaryArray(AbstractWeight):
         scale: Float[Array, "*stack 1 1"],
         spec: Ternary,
         dtype: DTypeLike,
-    ) -> Self:
+    ) -> "TernaryArray":
         """-1, 0 and 1 and a scale that something else found, packed."""
         if spec.packing == "base3":
             packed = pack_trits((codes + _LOWEST_TRIT).astype(jnp.uint8))
@@ -112,10 +110,7 @@ class TernaryArray(AbstractWeight):
         return matrix.astype(self.dtype)
 
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:
-        scale = self.scale[jnp.zeros_like(index)]
-        packing = Packing(_BITS, self.in_features)
-        row = decode_codes(self.two_bits[index], scale, None, packing)
-        return row.astype(self.dtype)
+        return take_rows(self, index)
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         return quant_matmul(

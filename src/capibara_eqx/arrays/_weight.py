@@ -1,6 +1,7 @@
 import abc
+import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -55,10 +56,10 @@ class AbstractWeight(eqx.Module):
     def T(self) -> Array:
         return self.dense().T
 
-    def astype(self, dtype: DTypeLike) -> Self:
+    def astype(self, dtype: DTypeLike) -> "AbstractWeight":
         """The same weight, that stands for an array of another dtype."""
-        dtype = jnp.dtype(dtype)
-        return eqx.tree_at(lambda node: node.dtype, self, dtype)
+        # Not by `eqx.tree_at`, which replaces leaves: the dtype is static.
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def __jax_array__(self) -> Array:
         return self.dense()
@@ -124,3 +125,16 @@ def is_weight(node: Any) -> bool:
 def straight_through(value: Array, through: Array) -> Array:
     """`value`, to the bit, with the derivatives of `through`."""
     return through - jax.lax.stop_gradient(through) + jax.lax.stop_gradient(value)
+
+
+def take_rows(
+    weight: AbstractWeight, index: Integer[Array, "*batch"]
+) -> Float[Array, "*batch in"]:
+    """Rows of a matrix whose parts have a row for each of its rows, or one for all."""
+
+    def take(part):
+        at = jnp.zeros_like(index) if part.shape[0] == 1 else index
+        return part[at][..., None, :]
+
+    # Each is a matrix of one row.
+    return jax.tree.map(take, weight).dense()[..., 0, :]

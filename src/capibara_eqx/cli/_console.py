@@ -30,7 +30,8 @@ class Console:
         """A table, its first column on the left, the others where `justify` says."""
         table = require_extra("rich.table", "train").Table(title=title)
         for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else justify)
+            side = "left" if index == 0 else justify
+            table.add_column(column, justify=side, overflow="fold")
         for row in rows:
             table.add_row(*row)
         self._rich.print(table)

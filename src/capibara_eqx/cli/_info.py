@@ -2,8 +2,10 @@ import argparse
 
 from ..kernels import implementations
 from ..models import model_cost
-from ..train import RunFolder, build_model
+from ..train import RunConfig, RunFolder, build_model, load_model
+from ..transforms import report
 from ._console import Console, show_cost, show_references
+from ._quantize import show_losses, show_report
 
 
 def run_info(arguments: argparse.Namespace) -> int:
@@ -35,6 +37,9 @@ def _show_kernels(console: Console) -> None:
 def _show_run(console: Console, arguments: argparse.Namespace) -> None:
     run, config = RunFolder.open(arguments.run)
     show_cost(console, model_cost(build_model(config)))
+    if run.compression_path.exists():
+        _show_compression(console, run, config)
+        return
     summary = run.read_summary()
     if summary is not None:
         show_references(
@@ -49,3 +54,9 @@ def _show_run(console: Console, arguments: argparse.Namespace) -> None:
             "The run is not finished; continue it with `capibara train --resume "
             f"{run.path}`."
         )
+
+
+def _show_compression(console: Console, run: RunFolder, config: RunConfig) -> None:
+    facts = run.read_compression()
+    show_report(console, report(load_model(run, config)))
+    show_losses(console, facts["before"], facts["after"])

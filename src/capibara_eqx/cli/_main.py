@@ -8,6 +8,7 @@ from ..train import NonFiniteLossError
 from ._console import fail
 from ._generate import run_generate
 from ._info import run_info
+from ._quantize import run_quantize
 from ._settings import add_settings, byte_or_none
 from ._train import run_train
 
@@ -79,6 +80,21 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = commands.add_parser("generate", help="continue a prompt")
     _add_generate(generate)
+
+    quantize = commands.add_parser(
+        "quantize", help="compress the model of a run and score what it costs"
+    )
+    quantize.add_argument("run", metavar="RUN", help="run folder")
+    quantize.add_argument(
+        "--rules",
+        metavar="FILE",
+        required=True,
+        help="TOML: one table [[rule]] of pattern and spec for each kind of weight",
+    )
+    quantize.add_argument(
+        "--out", metavar="FOLDER", help="new run folder (default: RUN-quantized)"
+    )
+    quantize.set_defaults(run_command=run_quantize, needs=("rich", "orbax.checkpoint"))
 
     info = commands.add_parser(
         "info", help="show the model of a run and its result, or the kernels"

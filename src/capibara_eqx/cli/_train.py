@@ -19,6 +19,7 @@ from ..train import (
     TrainResult,
     build_model,
     cached_logits_error,
+    check_trainable,
     heldout_bits_per_byte,
     plot_loss,
     read_stdlib_corpus,
@@ -51,9 +52,9 @@ def run_train(arguments: argparse.Namespace) -> int:
         config = RunConfig(**{**defaults, **given})
         # Settings that no model can have are found before anything is written.
         eqx.filter_eval_shape(build_model, config)
-        corpus = _read(config)
+        corpus = read_corpus(config)
         out = arguments.out or time.strftime("runs/%Y%m%d-%H%M%S")
-        run = RunFolder.create(out, config, _describe_corpus(corpus))
+        run = RunFolder.create(out, config, describe_corpus(corpus))
     console.say(f"Run folder: {run.path}")
     resumed = arguments.resume is not None
     return _run(console, run, config, corpus, resumed=resumed)
@@ -63,6 +64,7 @@ def _resume(
     console: Console, path: str, given: dict[str, Any]
 ) -> tuple[RunFolder, RunConfig, Corpus]:
     run, config = RunFolder.open(path)
+    check_trainable(run)
     # The text may have moved since: that it is the same one is seen by its hash.
     text = given.pop("text", config.text)
     run.check_config(config, given)
@@ -74,13 +76,13 @@ def _resume(
         )
     config = dataclasses.replace(config, text=text)
     try:
-        corpus = _read(config)
+        corpus = read_corpus(config)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"The text of the run in {run.path} is gone: {error} If it has moved, say "
             "with --text where it is now."
         ) from error
-    if not run.check_text(_describe_corpus(corpus)):
+    if not run.check_text(describe_corpus(corpus)):
         console.say(
             f"{run.text_path} is missing, so whether this is the text that the run "
             "began with cannot be checked; it is noted now."
@@ -88,7 +90,8 @@ def _resume(
     return run, config, corpus
 
 
-def _read(config: RunConfig) -> Corpus:
+def read_corpus(config: RunConfig) -> Corpus:
+    """The text of a run."""
     if config.text is None:
         return read_stdlib_corpus(heldout_fraction=config.heldout_fraction)
     return read_text_corpus(
@@ -151,7 +154,7 @@ def _run(
             "steps": result.step,
             "training_seconds": result.elapsed,
             "parameters": model_cost(trainer.init_state().model)[-1].parameters,
-            "corpus": _describe_corpus(corpus),
+            "corpus": describe_corpus(corpus),
             "checks": checks,
             "sample": sample,
             "versions": {"capibara_eqx": __version__, "jax": jax.__version__},
@@ -166,7 +169,8 @@ def _run(
     return 0 if checks["passed"] else 1
 
 
-def _describe_corpus(corpus: Corpus) -> dict[str, Any]:
+def describe_corpus(corpus: Corpus) -> dict[str, Any]:
+    """What text it is, for `RunFolder.check_text`."""
     return {
         "source": corpus.source,
         "sha256": corpus.sha256,

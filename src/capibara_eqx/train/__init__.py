@@ -2,6 +2,9 @@ from ._checkpoint import Checkpointer as Checkpointer
 from ._checkpoint import CheckpointError as CheckpointError
 from ._checks import cached_logits_error as cached_logits_error
 from ._checks import resumed_differences as resumed_differences
+from ._compression import check_trainable as check_trainable
+from ._compression import read_rules as read_rules
+from ._compression import write_compression as write_compression
 from ._config import RunConfig as RunConfig
 from ._config import setting_types as setting_types
 from ._corpus import Corpus as Corpus

@@ -33,6 +33,7 @@ class RunFolder:
         self.metrics_path = path / "metrics.jsonl"
         self.summary_path = path / "summary.json"
         self.plot_path = path / "loss.png"
+        self.compression_path = path / "compression.json"
         self.checkpoints_path = path / "checkpoints"
 
     @staticmethod
@@ -183,6 +184,20 @@ class RunFolder:
         kept = [line for line in self.read_metrics() if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_text(self.metrics_path, text)
+
+    def write_compression(self, values: dict[str, Any]) -> None:
+        """Write compression.json, which marks the run as a compressed one."""
+        write_json(self.compression_path, values)
+
+    def read_compression(self) -> dict[str, Any]:
+        """What compression.json holds.
+
+        **Raises:**
+
+        `ValueError` if it is damaged.
+        """
+        remedy = "Compress the run again with `capibara quantize`."
+        return read_object(self.compression_path, remedy)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which marks the run as finished."""

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -218,17 +219,33 @@ def _same(function, place, spec, kinds) -> AbstractWeight:
         fix = "End the training with `convert` first, or undo it with `dequantize`."
     else:
         fix = "Undo it with `dequantize` first."
+    wanted = "training as " if FakeQuantArray in kinds else ""
     raise ValueError(
         f"{function}: {place.path!r} is already kept as {type(node).__name__} "
-        f"({getattr(node, 'spec', 'no spec')}), the rule asks for {spec}. {fix}"
+        f"({getattr(node, 'spec', 'no spec')}), the rule asks for {wanted}{spec}"
+        f"{_difference(getattr(node, 'spec', None), spec)}. {fix}"
     )
+
+
+def _difference(old: Any, new: Any) -> str:
+    """The fields in which two specs of a kind differ: not all of them are printed."""
+    if type(old) is not type(new):
+        return ""
+    changes = [
+        f"{field.name}={getattr(new, field.name)!r} instead of "
+        f"{getattr(old, field.name)!r}"
+        for field in dataclasses.fields(new)
+        if getattr(old, field.name) != getattr(new, field.name)
+    ]
+    return f" with {', '.join(changes)}" if changes else ""
 
 
 def _check_spec(function: str, spec: Any) -> None:
     if not isinstance(spec, Spec):
+        called = f" Call it: {spec.__name__}()." if isinstance(spec, type) else ""
         raise ValueError(
             f"{function}: the `spec` of a Rule must be an Affine, a Ternary, an NM or "
-            f"None, got {spec!r}."
+            f"None, got {spec!r}.{called}"
         )
 
 

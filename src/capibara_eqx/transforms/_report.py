@@ -18,7 +18,8 @@ class Entry(eqx.Module):
     - `nbytes`, `original_bytes`: of all that is kept of it now, and of the array.
     - `density`: the share of values other than zero.
     - `sqnr`: $10 \log_{10} (\sum w^2 / \sum (w - \hat w)^2)$ in decibel, against the
-        weight it was made of; `None` where that is not known.
+        weight it was made of: infinite where nothing was lost, `None` where that is
+        not known.
     - `details`: what else the transform says of it, by name.
 
     !!! example
@@ -165,8 +166,11 @@ def _quality(node, weight):
     if weight is None:
         return density, None
     wide = accumulate(weight.reshape(dense.shape))
-    error = jnp.sum(jnp.square(wide - dense))
-    return density, 10 * jnp.log10(jnp.sum(jnp.square(wide)) / error)
+    # Squares of small weights would vanish.
+    size = jnp.max(jnp.abs(wide), initial=jnp.finfo(wide.dtype).tiny)
+    signal = jnp.sum(jnp.square(wide / size))
+    noise = jnp.sum(jnp.square((wide - dense) / size))
+    return density, jnp.where(noise > 0, 10 * jnp.log10(signal / noise), jnp.inf)
 
 
 def _check_reference(place, weight) -> None:

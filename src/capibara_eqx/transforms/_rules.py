@@ -23,14 +23,20 @@ class Rule:
 
     !!! example
 
-        ```python rules = [Rule(r".*embedding.*", None), Rule(r".*weight", Affine(4,
-        group_size=64))] ```
+        ```python
+        rules = [Rule(r".*embedding.*", None), Rule(r".*weight", Affine(4))]
+        ```
     """
 
     pattern: str
     spec: Any
 
     def __post_init__(self):
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f"`pattern` must be a string, got {self.pattern!r}. The order is "
+                "Rule(pattern, spec)."
+            )
         try:
             re.compile(self.pattern)
         except re.error as error:
@@ -61,14 +67,20 @@ def choose(
 
     **Raises:**
 
-    `ValueError` for no rules, a rule that matches nothing, or one that only matches
-    what earlier rules have taken.
+    `ValueError` for no rules, for what is no rule, a rule that matches nothing, or one
+    that only matches what earlier rules have taken.
     """
     if isinstance(rules, Rule) or not rules:
         raise ValueError(
             f"{function}: `rules` must be a list of at least one Rule, got {rules!r}. "
             'For every weight pass [Rule(".*", spec)].'
         )
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise ValueError(
+                f"{function}: `rules` must hold Rules, got {rule!r}. Write "
+                "Rule(pattern, spec)."
+            )
     weights, others = list(weights), list(others)
     chosen: dict[str, Rule] = {}
     for path in weights:
