@@ -1,11 +1,11 @@
 """Products with matrices that are kept as packed codes.
 
-`float32` is the product with the same matrix in 32 bits, by XLA. `xla`, the default on
-a CPU, and `reference`, which writes the matrix out, are the library's. A name says how
-many bits a weight has (1.58: one of three values), how many share a scale (`g`), and
-with how many bits tokens are multiplied (`A8`), with all of theirs if it does not say.
-The values of the tokens are of eight bits already, so that errors are those of the
-product.
+`float32` is the product with the same matrix in 32 bits, by XLA. `cpu` (in C++, for
+tokens of eight bits, and then the default on a CPU), `xla` and `reference`, which writes
+the matrix out, are the library's. A name says how many bits a weight has (1.58: one of
+three values), how many share a scale (`g`), and with how many bits tokens are multiplied
+(`A8`), with all of theirs if it does not say. The values of the tokens are of eight bits
+already, so that errors are those of the product.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,7 +42,9 @@ def measure(settings: Settings) -> Iterator[Measurement]:
         packed = pack_codes(jnp.asarray(codes), spec.bits)
         ours = [
             Contender(name, partial(_prepare, _library(spec, name), x, packed, scale))
-            for name in ("xla", "reference")
+            for name in ("cpu", "xla", "reference")
+            # It is for whole numbers, and says so.
+            if name != "cpu" or spec.activations is not None
         ]
         dense = Contender("float32", partial(_prepare, _dense, x, np.float32(whole)))
         sizes = spec._asdict()

@@ -49,7 +49,7 @@ def test_bars_follow_from_the_medians():
         measurement("capacity", BOTH, 5.0, "fine_grained", "experts"),
         measurement("dense", BOTH, 9.0, "fine_grained", "experts"),
         measurement("scan", BOTH, 8.0, "fine_grained", "experts"),
-        measurement("xla", "forward", 2.0, "W8A8", "quant_matmul"),
+        measurement("cpu", "forward", 2.0, "W8A8", "quant_matmul"),
         measurement("float32", "forward", 5.0, "W8A8", "quant_matmul"),
         measurement("default", "train", 2.0, "demo", "demo"),
         measurement("xla", "train", 5.0, "demo", "demo"),
