@@ -1,11 +1,11 @@
 """Products with matrices that are kept as packed codes.
 
 `float32` is the product with the same matrix in 32 bits, by XLA. `cpu` (in C++, for
-tokens of eight bits, and then the default on a CPU), `xla` and `reference`, which writes
-the matrix out, are the library's. A name says how many bits a weight has (1.58: one of
-three values), how many share a scale (`g`), and with how many bits tokens are multiplied
-(`A8`), with all of theirs if it does not say. The values of the tokens are of eight bits
-already, so that errors are those of the product.
+tokens of eight bits, and then the default on a CPU), `xla` and `reference`, which
+writes the matrix out, are the library's. A name says how many bits a weight has (1.58:
+one of three values), how many share a scale (`g`), and with how many bits tokens are
+multiplied (`A8`), with all of theirs if it does not say. The values of the tokens are
+of eight bits already, so that errors are those of the product.
 """
 
 from collections.abc import Callable, Iterator
