@@ -327,6 +327,19 @@ _CLAIMS = (
         _faster((*_EXPERTS, _BOTH), "ragged", *_OTHERS),
     ),
     _Claim(
+        "quant_ternary",
+        "Compiled product of ternary weights with tokens of 8 bits, faster than that "
+        "in float32 (256 tokens, 2048 to 2048)",
+        *(3.0, True, "times"),
+        _faster(("quant_matmul", "W1.58A8", "forward"), "cpu", "float32"),
+    ),
+    _Claim(
+        "quant_int8",
+        "The same of weights of 8 bits",
+        *(3.0, True, "times"),
+        _faster(("quant_matmul", "W8A8", "forward"), "cpu", "float32"),
+    ),
+    _Claim(
         "ssd_forward",
         "State space dual forward, faster than transformers' `mamba2_chunk_scan` in "
         "its default chunks (1 row of 2048 tokens, 24 heads of 64, 128 states)",

@@ -22,6 +22,7 @@ from . import (
     mamba2_decode,
     moe,
     one_token,
+    quant_matmul,
     s4d,
     scaling,
     second_order,
@@ -58,6 +59,7 @@ _SUBJECTS = (
     attention,
     llama_decode,
     moe,
+    quant_matmul,
     sequence_parallel,
 )
 # What stands above the tables of each operation, in the order of the page.

@@ -185,7 +185,8 @@ def test_dropout_zeroes_inputs_of_the_adapter_alone(case, seed):
     node = node_of(LoRA(1, dropout=p, dora=dora), seed, 1, 1)
     key = jax.random.key(seed)
     y = product(
-        eqx.tree_at(lambda n: n.key, node, key, is_leaf=_none), jnp.ones((9, 1))
+        eqx.tree_at(lambda n: n.key, node, key, is_leaf=lambda x: x is None),
+        jnp.ones((9, 1)),
     )
     weight, a, b, m, scale = adapter_of(node)
     update = scale * b @ a

@@ -49,6 +49,8 @@ def test_bars_follow_from_the_medians():
         measurement("capacity", BOTH, 5.0, "fine_grained", "experts"),
         measurement("dense", BOTH, 9.0, "fine_grained", "experts"),
         measurement("scan", BOTH, 8.0, "fine_grained", "experts"),
+        measurement("cpu", "forward", 2.0, "W8A8", "quant_matmul"),
+        measurement("float32", "forward", 5.0, "W8A8", "quant_matmul"),
         measurement("default", "train", 2.0, "demo", "demo"),
         measurement("xla", "train", 5.0, "demo", "demo"),
     ]
@@ -65,11 +67,13 @@ def test_bars_follow_from_the_medians():
         "temporaries": 0.25,
         "llama_1": 3.5,
         "experts_gradients": 1.25,
+        "quant_int8": 2.5,
     }
     assert [name for name, bar in found.items() if not bar.passed] == [
         "probe_gradients",
         "conv_gradients",
         "plain_gradients",
+        "quant_int8",
     ]
 
 

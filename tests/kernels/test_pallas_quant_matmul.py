@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax import export
 from support import packed_oracle as oracle
-from support.packed_cases import arguments, compiled, expected, narrow, run, static
+from support.packed_cases import (
+    arguments,
+    compiled,
+    expected,
+    narrow,
+    rounded_already,
+    run,
+    static,
+)
 from support.pallas import PLATFORMS, each_lowered, each_run
 from support.precision import enable_x64
 from support.tolerances import assert_close, assert_rounded
@@ -38,14 +46,6 @@ LARGE = [
     # In the one chunk that there is groups may be of any number of bytes.
     Spec("odd_groups", 2, 50, 5, 4, 14, True, "int8"),
 ]
-
-
-def rounded_already(spec, rows=0):
-    """Arguments whose tokens are rounded to 127 steps: no two ways to round them."""
-    smooth, fixed = arguments(spec, rows=rows)
-    x = np.rint(np.clip(smooth["x"] * 40, -127, 127))
-    x[:, 0] = 127
-    return narrow(smooth) | {"x": jnp.asarray(x / 64, "float32")}, fixed
 
 
 def check(spec, implementation, smooth, fixed):
@@ -277,7 +277,7 @@ def test_what_a_kernel_cannot_serve_is_refused_with_the_reason(
         fixed = {"codes": jnp.zeros(shape, jnp.uint8)}
         with pytest.raises(NotImplementedError, match=words):
             run(spec, implementation, smooth, fixed)
-        y = run(spec, (implementation, "xla"), smooth, fixed)
+        y = compiled(spec, (implementation, "xla"))(smooth, fixed)
     assert y.shape == (2, spec.out_features)
 
 

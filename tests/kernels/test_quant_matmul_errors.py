@@ -1,5 +1,7 @@
 """What packed products say to wrong arguments: a message names the one at fault."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -86,6 +88,7 @@ def test_every_implementation_is_named():
 
 
 PACKED = jnp.ones((2, 3), jnp.uint8)
+HALF: Any = 0.5
 
 
 @pytest.mark.parametrize(
@@ -93,7 +96,7 @@ PACKED = jnp.ones((2, 3), jnp.uint8)
     [
         (lambda: pack_codes(PACKED, 0), ["`bits`", "1", "8", "0"]),
         (lambda: pack_codes(PACKED, 9), ["`bits`", "8", "9"]),
-        (lambda: pack_codes(PACKED, 2.0), ["`bits`", "integer"]),
+        (lambda: pack_codes(PACKED, HALF), ["`bits`", "integer"]),
         (lambda: pack_codes(PACKED[0, 0], 2), ["pack_codes", "`codes`", "scalar"]),
         (lambda: pack_trits(PACKED[0, 0]), ["pack_trits", "`trits`", "scalar"]),
         (lambda: unpack_codes(PACKED, 9, 3), ["`bits`", "9"]),

@@ -66,10 +66,10 @@ def matrix(codes, scale, zero, *, bits, size, group_size=None) -> Array:
     return whole
 
 
-def token_codes(x: Array) -> tuple[Array, Array]:
+def token_codes(x: Array) -> tuple[Array, float]:
     """Whole numbers up to 127 for one token, and its step."""
-    largest = np.max(np.abs(x))
-    step = largest / LARGEST if largest > 0 else np.float64(1)
+    largest = float(np.max(np.abs(x)))
+    step = largest / LARGEST if largest > 0 else 1.0
     return np.rint(np.asarray(x, np.float64) / step).astype(np.int64), step
 
 

@@ -52,3 +52,16 @@ def alike(operands: PyTree[Shaped[Array, "..."]]) -> PyTree[Shaped[Array, "..."]
         return x + nothing.astype(x.dtype)
 
     return jax.tree.map(typed, operands)
+
+
+def type_of(*arrays: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
+    """The type of a number that depends on all of `arrays`.
+
+    Inside `jax.shard_map` it says along which axes of the mesh a result varies; how it
+    says so is not the same in all versions of jax, hence no word of it here.
+    """
+
+    def number(*arrays):
+        return sum((jnp.sum(jnp.zeros_like(x, jnp.float32)) for x in arrays), 0.0)
+
+    return jax.eval_shape(number, *arrays)

@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, DTypeLike, Shaped
 
+from ._carry import type_of
+
 
 # What a kernel may take of VMEM: compilers allow 16 MiB, also on chips that have more.
 VMEM = 15 * 2**20
@@ -84,7 +86,7 @@ def launch(job: Job) -> dict[str, Any]:
         _, block, index, scalar = job.layout(name)
         return pl.BlockSpec(block, index, memory_space=pltpu.SMEM if scalar else None)
 
-    anything = _type_of(*arrays.values())
+    anything = type_of(*arrays.values())
     call = pl.pallas_call(
         kernel,
         grid=job.grid,
@@ -113,16 +115,3 @@ def _narrow_numbers() -> AbstractContextManager[None]:
     # jax 0.8 moved the context manager to its top level.
     home = jax if hasattr(jax, "enable_x64") else import_module("jax.experimental")
     return home.enable_x64(False)
-
-
-def _type_of(*arrays: Shaped[Array, "..."]) -> jax.ShapeDtypeStruct:
-    """The type of a number that depends on all of `arrays`.
-
-    Inside `jax.shard_map` it says along which axes of the mesh a result varies; how it
-    says so is not the same in all versions of jax, hence no word of it here.
-    """
-
-    def number(*arrays):
-        return sum((jnp.sum(jnp.zeros_like(x, jnp.float32)) for x in arrays), 0.0)
-
-    return jax.eval_shape(number, *arrays)

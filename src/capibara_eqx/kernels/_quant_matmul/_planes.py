@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, DTypeLike, Float, Num
 
 from ._decode import Packing
 from ._operands import Operands, quantize_tokens
@@ -125,6 +125,15 @@ def scale_by_chunk(
     return scale.reshape(-1, chunk.groups, scale.shape[1])
 
 
+def sums_of_groups(
+    x: Num[Array, "tokens in"], packing: Packing, dtype: DTypeLike
+) -> Num[Array, "tokens groups"]:
+    """What the inputs of each group of a token add up to."""
+    missing = packing.groups * _group_size(packing) - packing.size
+    x = jnp.pad(x.astype(dtype), ((0, 0), (0, missing)))
+    return jnp.sum(x.reshape(len(x), packing.groups, -1), axis=-1)
+
+
 def finished(
     y: Float[Array, "tokens out"],
     x: Num[Array, "tokens in"],
@@ -134,16 +143,12 @@ def finished(
 ) -> Float[Array, "tokens out"]:
     """The product, from that with codes that count from the middle."""
     if operands.zero is not None:
-        exact = jnp.int32 if step is not None else jnp.float32
-        missing = packing.groups * _group_size(packing) - packing.size
-        x = jnp.pad(x.astype(exact), ((0, 0), (0, missing)))
-        of_groups = jnp.sum(x.reshape(len(x), packing.groups, -1), axis=-1)
+        exact = jnp.float32 if step is None else jnp.int32
+        sums = sums_of_groups(x, packing, exact).astype(jnp.float32)
         shift = operands.zero.astype(jnp.float32) - packing.middle
         shift = shift * operands.scale.astype(jnp.float32)
         shift = jnp.broadcast_to(shift, (y.shape[1], packing.groups))
-        y = y - jnp.einsum(
-            "tg,og->to", of_groups.astype(jnp.float32), shift, precision="highest"
-        )
+        y = y - jnp.einsum("tg,og->to", sums, shift, precision="highest")
     return y if step is None else y * jnp.broadcast_to(step, y.shape)
 
 

@@ -63,10 +63,11 @@ def quant_matmul(
     - `group_size`: neighbours along `in` that share a scale; all of them if not given.
         The last group may be shorter.
     - `activations`: `None`, or `"int8"`.
-    - `implementation`: `"pallas_tpu"` and `"pallas_gpu"`, both for codes of 2, 4 and 8
-        bits, `"xla"`, `"reference"`, or a sequence of names of which the first that can
-        is used; by default the fused kernel of the platform, and XLA where there is
-        none or it cannot.
+    - `implementation`: `"cpu"` (C++, for `activations="int8"` on a processor with
+        AVX-512 VNNI), `"pallas_tpu"` and `"pallas_gpu"`, all three for codes of 2, 4
+        and 8 bits, `"xla"`, `"reference"`, or a sequence of names of which the first
+        that can is used; by default the fused kernel of the platform, and XLA where
+        there is none or it cannot.
 
     **Returns:**
 

@@ -16,7 +16,7 @@ from ._operands import Operands
 
 
 _PACKAGE = __name__.rpartition(".")[0]
-NAMES = ("pallas_tpu", "pallas_gpu")
+NAMES = ("cpu", "pallas_tpu", "pallas_gpu")
 
 
 def implementation(name: str | None) -> Callable[..., Any]:
@@ -55,7 +55,7 @@ def _run(own, name, packing, activations, operands):
         branches["default"] = functools.partial(
             xla.quant_matmul, packing=packing, activations=activations
         )
-    else:
+    elif own != "cpu":
         # Step by step: slow, for tests.
         branches["cpu"] = functools.partial(forward, interpret=True)
     return jax.lax.platform_dependent(operands, **branches)

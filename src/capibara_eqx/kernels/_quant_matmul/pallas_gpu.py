@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
+from .._carry import type_of
 from . import _planes
 from ._decode import Packing
 from ._operands import Operands
@@ -102,7 +103,9 @@ def forward(
             pl.BlockSpec((*scale.shape[:2], _ROWS), lambda t, r: (0, 0, r)),
         ],
         out_specs=pl.BlockSpec((block, _ROWS), lambda t, r: (t, r)),
-        out_shape=jax.ShapeDtypeStruct((planes.shape[1], codes.shape[0]), jnp.float32),
+        out_shape=type_of(planes, codes, scale).update(
+            shape=(planes.shape[1], codes.shape[0])
+        ),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
         name="quant_matmul",
         interpret=interpret,
