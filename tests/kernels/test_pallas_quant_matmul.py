@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, PartitionSpec
 from support import quant_oracle as oracle
 from support.pallas import PLATFORMS, each_lowered, each_run
 from support.precision import enable_x64
@@ -181,6 +182,11 @@ def test_a_batch_of_tokens_is_one_product_of_all():
         assert (f"f32[6,{spec.out_features}]" in text) == (axis is None)
 
 
+CALLS = {"pallas_gpu": "@__gpu$xla.gpu.triton", "pallas_tpu": "@tpu_custom_call"}
+# What Triton is given has no promise of compatibility, and none is needed here.
+UNCHECKED = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+
+
 def lowered(spec, implementation, dtype="float32", platform=None):
     """The program of a product for the kernel's platform, or another."""
     groups = -(-spec.in_features // (spec.group_size or spec.in_features))
@@ -192,12 +198,10 @@ def lowered(spec, implementation, dtype="float32", platform=None):
     fixed = {"codes": jax.ShapeDtypeStruct((spec.out_features, size), "uint8")}
     if spec.zero:
         fixed["zero"] = jax.ShapeDtypeStruct((spec.out_features, groups), "uint8")
-    # What Triton is given has no promise of compatibility, and none is needed here.
-    unchecked = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     exported = export.export(
         jax.jit(functools.partial(run, spec, implementation)),
         platforms=[platform or PLATFORMS[implementation]],
-        disabled_checks=[unchecked],
+        disabled_checks=[UNCHECKED],
     )(smooth, fixed)
     return exported.mlir_module()
 
@@ -219,9 +223,6 @@ def test_a_kernel_does_not_run_on_another_platform(implementation):
     (other,) = {"cuda", "tpu"} - {PLATFORMS[implementation]}
     with pytest.raises(NotImplementedError, match=f"not run on {other}|{other}"):
         lowered(BENCHMARK_SPECS[0], implementation, platform=other)
-
-
-CALLS = {"pallas_gpu": "@__gpu$xla.gpu.triton", "pallas_tpu": "@tpu_custom_call"}
 
 
 @each_lowered
@@ -246,6 +247,27 @@ def test_no_numbers_of_64_bits_when_jax_has_them(implementation):
     with enable_x64(True):
         text = lowered(LARGE[5], implementation)
     assert text.count(CALLS[implementation]) == 1
+
+
+@each_lowered
+def test_tokens_on_several_devices_lower_with_their_gradient(implementation):
+    spec = LARGE[5]._replace(tokens=8)
+    smooth, fixed = arguments(spec)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"x": PartitionSpec("data"), "scale": PartitionSpec()}
+    product = jax.shard_map(
+        functools.partial(run, spec, implementation),
+        mesh=mesh,
+        in_specs=(specs, PartitionSpec()),
+        out_specs=PartitionSpec("data"),
+    )
+    gradient = jax.grad(lambda smooth, fixed: jnp.sum(product(smooth, fixed) ** 2))
+    exported = export.export(
+        jax.jit(gradient),
+        platforms=[PLATFORMS[implementation]],
+        disabled_checks=[UNCHECKED],
+    )(narrow(smooth), fixed)
+    assert exported.mlir_module().count(CALLS[implementation]) == 1
 
 
 @each_run
