@@ -1,6 +1,7 @@
 """The Pallas kernels of the packed product: interpreted, and lowered."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -182,13 +183,24 @@ def test_a_batch_of_tokens_is_one_product_of_all():
         assert (f"f32[6,{spec.out_features}]" in text) == (axis is None)
 
 
-CALLS = {"pallas_gpu": "@__gpu$xla.gpu.triton", "pallas_tpu": "@tpu_custom_call"}
+# A newer jax compiles for Triton as it lowers, by what comes with its support of GPUs.
+COMPILES = jax.__version_info__ > (0, 10, 2)
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+TRITON = "triton_kernel_call_ffi" if COMPILES else "__gpu$xla.gpu.triton"
+CALLS = {"pallas_gpu": f"@{TRITON}", "pallas_tpu": "@tpu_custom_call"}
 # What Triton is given has no promise of compatibility, and none is needed here.
-UNCHECKED = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
+UNCHECKED = export.DisabledSafetyCheck.custom_call(TRITON)
+
+
+def skip_without_compiler(implementation):
+    if implementation == "pallas_gpu" and COMPILES:
+        if not any(map(importlib.util.find_spec, PLUGINS)):
+            pytest.skip(f"needs one of {', '.join(PLUGINS)}")
 
 
 def lowered(spec, implementation, dtype="float32", platform=None):
     """The program of a product for the kernel's platform, or another."""
+    skip_without_compiler(implementation)
     groups = -(-spec.in_features // (spec.group_size or spec.in_features))
     smooth = {
         "x": jax.ShapeDtypeStruct((spec.tokens, spec.in_features), dtype),
@@ -208,6 +220,7 @@ def lowered(spec, implementation, dtype="float32", platform=None):
 
 @each_lowered
 def test_by_default_it_is_the_kernel_of_the_platform(implementation, monkeypatch):
+    skip_without_compiler(implementation)
     platform = PLATFORMS[implementation]
     monkeypatch.setattr(_backends, "platform", lambda: platform)
     spec = BENCHMARK_SPECS[0]
@@ -251,6 +264,7 @@ def test_no_numbers_of_64_bits_when_jax_has_them(implementation):
 
 @each_lowered
 def test_tokens_on_several_devices_lower_with_their_gradient(implementation):
+    skip_without_compiler(implementation)
     spec = LARGE[5]._replace(tokens=8)
     smooth, fixed = arguments(spec)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
