@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, PartitionSpec
 from support import packed_oracle as oracle
 from support.packed_cases import (
     arguments,
@@ -174,3 +175,24 @@ def test_what_it_cannot_serve_is_refused_with_the_reason(changes, words):
         run(spec, "cpu", narrow(smooth), fixed)
     y = compiled(spec, ("cpu", "xla"))(narrow(smooth), fixed)
     assert y.shape == (spec.tokens, spec.out_features)
+
+
+def test_tokens_on_several_devices_are_left_to_xla():
+    spec = EDGES[6]
+    smooth, fixed = arguments(spec)
+    smooth = narrow(smooth)
+    specs = ({"x": PartitionSpec("data"), "scale": PartitionSpec()}, PartitionSpec())
+
+    def shared(implementation):
+        return jax.shard_map(
+            functools.partial(run, spec, implementation),
+            mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+            in_specs=specs,
+            out_specs=PartitionSpec("data"),
+        )
+
+    y = jax.jit(shared(None))(smooth, fixed)
+    want = expected(spec, smooth, fixed)
+    assert_close(y, want, dtype="float32", length=70, terms=4.0)
+    with pytest.raises(NotImplementedError, match=r"inside `jax\.shard_map`"):
+        shared("cpu")(smooth, fixed)

@@ -1,12 +1,14 @@
 """The Pallas kernels of the packed product: interpreted, and lowered."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, PartitionSpec
 from support import packed_oracle as oracle
 from support.packed_cases import (
     arguments,
@@ -181,8 +183,24 @@ def test_a_batch_of_tokens_is_one_product_of_all():
         assert (f"f32[6,{spec.out_features}]" in text) == (axis is None)
 
 
+# A newer jax compiles for Triton as it lowers, by what comes with its support of GPUs.
+COMPILES = jax.__version_info__ > (0, 10, 2)
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+TRITON = "triton_kernel_call_ffi" if COMPILES else "__gpu$xla.gpu.triton"
+CALLS = {"pallas_gpu": f"@{TRITON}", "pallas_tpu": "@tpu_custom_call"}
+# What Triton is given has no promise of compatibility, and none is needed here.
+UNCHECKED = export.DisabledSafetyCheck.custom_call(TRITON)
+
+
+def skip_without_compiler(implementation):
+    if implementation == "pallas_gpu" and COMPILES:
+        if not any(map(importlib.util.find_spec, PLUGINS)):
+            pytest.skip(f"needs one of {', '.join(PLUGINS)}")
+
+
 def lowered(spec, implementation, dtype="float32", platform=None):
     """The program of a product for the kernel's platform, or another."""
+    skip_without_compiler(implementation)
     groups = -(-spec.in_features // (spec.group_size or spec.in_features))
     smooth = {
         "x": jax.ShapeDtypeStruct((spec.tokens, spec.in_features), dtype),
@@ -192,18 +210,17 @@ def lowered(spec, implementation, dtype="float32", platform=None):
     fixed = {"codes": jax.ShapeDtypeStruct((spec.out_features, size), "uint8")}
     if spec.zero:
         fixed["zero"] = jax.ShapeDtypeStruct((spec.out_features, groups), "uint8")
-    # What Triton is given has no promise of compatibility, and none is needed here.
-    unchecked = export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")
     exported = export.export(
         jax.jit(functools.partial(run, spec, implementation)),
         platforms=[platform or PLATFORMS[implementation]],
-        disabled_checks=[unchecked],
+        disabled_checks=[UNCHECKED],
     )(smooth, fixed)
     return exported.mlir_module()
 
 
 @each_lowered
 def test_by_default_it_is_the_kernel_of_the_platform(implementation, monkeypatch):
+    skip_without_compiler(implementation)
     platform = PLATFORMS[implementation]
     monkeypatch.setattr(_backends, "platform", lambda: platform)
     spec = BENCHMARK_SPECS[0]
@@ -219,9 +236,6 @@ def test_a_kernel_does_not_run_on_another_platform(implementation):
     (other,) = {"cuda", "tpu"} - {PLATFORMS[implementation]}
     with pytest.raises(NotImplementedError, match=f"not run on {other}|{other}"):
         lowered(BENCHMARK_SPECS[0], implementation, platform=other)
-
-
-CALLS = {"pallas_gpu": "@__gpu$xla.gpu.triton", "pallas_tpu": "@tpu_custom_call"}
 
 
 @each_lowered
@@ -246,6 +260,28 @@ def test_no_numbers_of_64_bits_when_jax_has_them(implementation):
     with enable_x64(True):
         text = lowered(LARGE[5], implementation)
     assert text.count(CALLS[implementation]) == 1
+
+
+@each_lowered
+def test_tokens_on_several_devices_lower_with_their_gradient(implementation):
+    skip_without_compiler(implementation)
+    spec = LARGE[5]._replace(tokens=8)
+    smooth, fixed = arguments(spec)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    specs = {"x": PartitionSpec("data"), "scale": PartitionSpec()}
+    product = jax.shard_map(
+        functools.partial(run, spec, implementation),
+        mesh=mesh,
+        in_specs=(specs, PartitionSpec()),
+        out_specs=PartitionSpec("data"),
+    )
+    gradient = jax.grad(lambda smooth, fixed: jnp.sum(product(smooth, fixed) ** 2))
+    exported = export.export(
+        jax.jit(gradient),
+        platforms=[PLATFORMS[implementation]],
+        disabled_checks=[UNCHECKED],
+    )(narrow(smooth), fixed)
+    assert exported.mlir_module().count(CALLS[implementation]) == 1
 
 
 @each_run
