@@ -245,10 +245,9 @@ def _node(place: Place, spec: LoRA, parts) -> LoRAArray:
         base=place.value,
         a=parts["a"],
         b=parts["b"],
-        magnitude=parts.get("magnitude"),
-        key=None,
-        inference=True,
         spec=spec,
+        magnitude=parts.get("magnitude"),
+        inference=True,
     )
 
 
