@@ -41,6 +41,7 @@ from capibara_eqx.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    LoRALinear,
     Mamba,
     MixtureOfRookies,
     MoE,
@@ -120,6 +121,15 @@ _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "a
 
 CASES = (
     Case("linear", partial(Linear, 5, 3), 5, 5, mixer=False),
+    Case(
+        "lora_linear",
+        partial(LoRALinear, 5, 3, 2, alpha=3, rs=True, dora=True),
+        width=5,
+        terms=10,
+        mixer=False,
+        # The map, the two of the adapter, and the lengths of rows.
+        roundings=4,
+    ),
     Case("rms_norm", lambda key: RMSNorm(5), 5, 5, mixer=False),
     Case("layer_norm", lambda key: LayerNorm(5), 5, 5, mixer=False),
     Case("embedding", partial(Embedding, VOCAB, 3), 3, 1, mixer=False, tokens=True),

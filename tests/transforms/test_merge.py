@@ -38,8 +38,6 @@ def layer_of(spec: LoRA, form: Any, seed: int, size: float = 0.5) -> Any:
         a=normal(rng, spec.rank, width),
         b=size * normal(rng, out, spec.rank),
         magnitude=1 + jnp.abs(normal(rng, out)) if spec.dora else None,
-        key=None,
-        inference=False,
         spec=spec,
     )
     return eqx.tree_at(lambda layer: layer.weight, LINEAR, node)
@@ -111,7 +109,7 @@ def test_a_small_update_is_lost_in_four_bits_and_kept_in_plain_weights(seed):
     update = as_wide(b) @ as_wide(a)
     b = b * float(0.03 * np.linalg.norm(weight) / np.linalg.norm(update))
     base = compress_(weight, Affine(4))
-    node = LoRAArray(base, a, b, None, None, False, LoRA(2))
+    node = LoRAArray(base, a, b, LoRA(2))
     update = as_wide(node.update())
     start = as_wide(dense(base))
 

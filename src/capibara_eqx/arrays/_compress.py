@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,5 +62,5 @@ def recompress(
     if isinstance(like, TernaryArray):
         return like.compress(weight.astype(like.dtype), like.spec, like.scale)
     if isinstance(like, FakeQuantArray):
-        return FakeQuantArray(weight, like.step, like.spec, like.dtype)
+        return dataclasses.replace(like, weight=weight)
     return like.compress(weight.astype(like.dtype), like.spec)

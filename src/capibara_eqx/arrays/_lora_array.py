@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from typing import ClassVar
 
@@ -45,9 +44,28 @@ class LoRAArray(AbstractWeight):
     a: Float[Array, "*stack rank in"]
     b: Float[Array, "*stack out rank"]
     magnitude: Float[Array, "*stack out"] | None
-    key: Key[Array, "*stack"] | UInt32[Array, "*stack 2"] | None
+    key: Key[Array, "*stack"] | UInt32[Array, "*stack words"] | None
     inference: bool
     spec: LoRA = eqx.field(static=True)
+
+    def __init__(
+        self,
+        base: Float[Array, "*stack out in"] | AbstractWeight,
+        a: Float[Array, "*stack rank in"],
+        b: Float[Array, "*stack out rank"],
+        spec: LoRA,
+        magnitude: Float[Array, "*stack out"] | None = None,
+        key: Key[Array, "*stack"] | UInt32[Array, "*stack words"] | None = None,
+        inference: bool = False,
+    ):
+        """**Arguments:** the parts, as above; `LoRAArray.of` makes new ones."""
+        self.base = base
+        self.a = a
+        self.b = b
+        self.magnitude = magnitude
+        self.key = key
+        self.inference = inference
+        self.spec = spec
 
     @classmethod
     def of(
@@ -92,10 +110,8 @@ class LoRAArray(AbstractWeight):
             base=base,
             a=jax.random.uniform(key, shape, dtype, -limit, limit),
             b=jnp.zeros((*stack, out, spec.rank), dtype),
-            magnitude=magnitude,
-            key=None,
-            inference=False,
             spec=spec,
+            magnitude=magnitude,
         )
 
     @property
@@ -153,7 +169,9 @@ class LoRAArray(AbstractWeight):
         stack = self.shape[:-2]
         if key is not None and stack:
             key = jax.random.split(key, stack)
-        return dataclasses.replace(self, key=key)
+        return eqx.tree_at(
+            lambda node: node.key, self, key, is_leaf=lambda node: node is None
+        )
 
     @property
     def has_active_dropout(self) -> bool:

@@ -196,6 +196,7 @@ def unsupported_dtypes(
     found: Mapping[str, StoredTensor],
     expected: Iterable[str],
     dtype: DTypeLike | None = None,
+    fix: str = "Pass `dtype`, or set",
 ) -> list[str]:
     """What is wrong with the dtypes of the expected tensors, read as `dtype`."""
     kinds: dict[str, list[str]] = {}
@@ -211,8 +212,8 @@ def unsupported_dtypes(
             )
         elif kind == "F64" and dtype is None and not _has_float64():
             problems.append(
-                f"tensors are float64, which jax has off: {some(names)}. Pass "
-                "`dtype`, or set jax_enable_x64"
+                f"tensors are float64, which jax has off: {some(names)}. {fix} "
+                "jax_enable_x64"
             )
     return problems
 

@@ -77,7 +77,7 @@ def load_peft(path: str | os.PathLike[str], model: LanguageModel) -> LanguageMod
         tensors: dict[str, StoredTensor] = {}
         if (folder / WEIGHTS).is_file():
             tensors = open_tensors(folder / WEIGHTS, stack, problems) or {}
-            problems += unsupported_dtypes(tensors, tensors)
+            problems += unsupported_dtypes(tensors, tensors, fix="Set")
         else:
             problems.append(f"{WEIGHTS} is missing{_instead(folder)}")
         refuse("load_peft", f"cannot read {folder}", problems)
@@ -245,10 +245,9 @@ def _node(place: Place, spec: LoRA, parts) -> LoRAArray:
         base=place.value,
         a=parts["a"],
         b=parts["b"],
-        magnitude=parts.get("magnitude"),
-        key=None,
-        inference=True,
         spec=spec,
+        magnitude=parts.get("magnitude"),
+        inference=True,
     )
 
 

@@ -157,8 +157,9 @@ def entry(
 def scheme(node: AbstractWeight) -> str:
     """The form that a weight is kept in, in a few words."""
     if isinstance(node, LoRAArray):
-        plain = not isinstance(node.base, AbstractWeight)
-        return f"{node.spec} over {node.dtype if plain else scheme(node.base)}"
+        base = node.base
+        below = scheme(base) if isinstance(base, AbstractWeight) else str(base.dtype)
+        return f"{node.spec} over {below}"
     words = str(getattr(node, "spec", type(node).__name__))
     return f"fake {words}" if isinstance(node, FakeQuantArray) else words
 
