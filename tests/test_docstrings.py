@@ -100,6 +100,7 @@ LONG = (
     "create_ssm_config",
     "experts",
     "validate_ssm_system",
+    "SparseCapibara",
 )
 
 

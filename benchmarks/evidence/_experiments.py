@@ -7,7 +7,14 @@ from types import ModuleType
 
 from .._records import Bar
 from .._tables import Record
-from . import digits, induction_heads, linear_system, parity, selective_copying
+from . import (
+    compression,
+    digits,
+    induction_heads,
+    linear_system,
+    parity,
+    selective_copying,
+)
 from ._records import Outcome
 
 
@@ -34,5 +41,8 @@ def _experiment(module: ModuleType) -> Experiment:
 
 EXPERIMENTS = {
     module.NAME: _experiment(module)
-    for module in (selective_copying, induction_heads, parity, digits, linear_system)
+    for module in (
+        *(selective_copying, induction_heads, parity),
+        *(digits, compression, linear_system),
+    )
 }

@@ -38,6 +38,7 @@ def train(
     schedule: Schedule,
     *,
     key: PRNGKeyArray,
+    front: optax.GradientTransformation | None = None,
 ) -> tuple[Any, list[dict[str, float]]]:
     """Train a model on batches that are drawn on the device.
 
@@ -49,12 +50,14 @@ def train(
     - `evaluate`: what a point of the curve says beside step and mean loss.
     - `schedule`: how.
     - `key`: for the batches and dropout.
+    - `front`: what gradients pass through before all else.
 
     **Returns:**
 
     `(model, curve)`: the trained model, and a dictionary for each evaluation.
     """
     optimizer = optax.chain(
+        optax.identity() if front is None else front,
         optax.clip_by_global_norm(1.0),
         optax.scale_by_adam(),
         optax.add_decayed_weights(schedule.weight_decay, weight_decay_mask),

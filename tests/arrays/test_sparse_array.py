@@ -152,13 +152,13 @@ def test_values_learn_and_places_stay():
     dense = np.where(mask, wide(weight), 0)
     # Row by row, what flows into the places that are kept, in order.
     slope = np.cos(wide(x) @ dense.T).T @ wide(x)
-    want = [slope[i][mask[i]] for i in range(4)]
+    want = np.stack([slope[i][mask[i]] for i in range(4)])
     assert_close(gradient, want, dtype="float32", length=8)
     curvature = jax.jit(jax.grad(lambda v: jnp.sum(jax.grad(loss)(v))))(node.values)
     bend = -np.sin(wide(x) @ dense.T)  # of each output
     spread = wide(x) @ mask.T.astype(float)
     product = np.einsum("bo,bo,bi->oi", bend, spread, wide(x))
-    want = [product[i][mask[i]] for i in range(4)]
+    want = np.stack([product[i][mask[i]] for i in range(4)])
     assert_close(curvature, want, dtype="float32", length=24)
 
 
@@ -201,7 +201,7 @@ def test_layers_of_a_stack_are_on_their_own():
 
     _, scanned = jax.jit(lambda p: jax.lax.scan(body, 0, p))(parts)
     batched = eqx.filter_jit(eqx.filter_vmap(lambda node: apply_weight(node, x)))(node)
-    want = [wide(x) @ wide(one.dense()).T for one in single]
+    want = np.stack([wide(x) @ wide(one.dense()).T for one in single])
     assert_close(scanned, want, dtype="float32", length=8)
     assert_close(batched, want, dtype="float32", length=8)
 

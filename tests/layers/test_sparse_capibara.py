@@ -1,6 +1,7 @@
 """A stack of N:M transformer blocks against float64 NumPy."""
 
 import functools
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -45,7 +46,7 @@ def expected(layer, x, n, m):
     def dense(leaf):
         if not isinstance(leaf, Linear):
             return leaf
-        weight = leaf.weight
+        weight: Any = leaf.weight
         if isinstance(weight, FakeQuantArray):
             values = wide(weight.weight)
             weight = np.where(nm_mask(values, n, m), values, 0)
@@ -151,7 +152,11 @@ def test_work_in_a_model_is_that_of_its_parts():
 
 @pytest.mark.errors
 def test_refusals():
-    make = functools.partial(SparseCapibara, 8, 1, n_heads=2, key=KEY)
+    sizes: dict[str, Any] = {"d_model": 8, "num_layers": 1, "n_heads": 2}
+
+    def make(pattern, **changes):
+        return SparseCapibara(sparsity_pattern=pattern, key=KEY, **(sizes | changes))
+
     for pattern in ("2/4", "2:4:8", "", ":4", "-1:4", 2):
         with refused("`sparsity_pattern`", '"2:4"'):
             make(pattern)
@@ -163,7 +168,7 @@ def test_refusals():
         make("2:4", d_ff=6)
     for name in ("num_layers", "d_model", "d_ff"):
         with refused(f"`{name}`"):
-            SparseCapibara(**({"d_model": 8, "n_heads": 2, "key": KEY} | {name: 0}))
+            make("2:4", **{name: 0})
     layer = make("2:4")
     with refused("SparseCapibara", "`x`", "8 elements"):
         layer(jnp.zeros((3, 4)))

@@ -1,6 +1,7 @@
 """RigL, SET and pruning against loops in float64, step by step."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ SPECS = {"share": Unstructured(0.35), "2:4": NM(2, 4), "1:3": NM(1, 3)}
 KEPT = {"share": 17, "2:4": 24, "1:3": 16}
 each = st.sampled_from(list(SPECS))
 ADAM = {"rate": 0.1, "b1": 0.9, "b2": 0.99, "eps": 1e-8}
-RIGL = {"alpha": 0.8, "delta_t": 3, "t_end": 10} | ADAM
+RIGL: dict[str, Any] = {"alpha": 0.8, "delta_t": 3, "t_end": 10} | ADAM
 STEPS = 13
 
 
@@ -112,11 +113,12 @@ def trajectory(name, kind="rigl"):
             with jax.numpy_dtype_promotion("standard"):
                 updates, state = optimizer.update(gradient, state, params)
             params = optax.apply_updates(params, updates)
-            adam = state.inner[0]
-            seen = params, state.masks["w"], adam.mu["w"], adam.nu["w"]
+            now: Any = state
+            moments = now.inner[0]
+            seen = params, now.masks["w"], moments.mu["w"], moments.nu["w"]
             return (params, state), seen
 
-        state = optimizer.init(params)
+        state: Any = optimizer.init(params)
         _, seen = jax.lax.scan(step, (params, state), gradients)
         return state.masks["w"], *seen
 
@@ -210,6 +212,7 @@ def test_set_moves_the_smallest_anywhere(name, seed):
         before, weights = masks[t], params["w"][t]
 
 
+@pytest.mark.slow
 def test_set_draws_every_free_place_alike():
     """Over keys; the same key draws the same."""
     rules = [Rule("w", Unstructured(0.25))]
@@ -217,7 +220,7 @@ def test_set_draws_every_free_place_alike():
 
     def grown(key):
         optimizer = set_training(optax.sgd(0.1), rules, 0.5, 1, t_end=2, key=key)
-        state = optimizer.init(params)
+        state: Any = optimizer.init(params)
         _, state = optimizer.update(params, state, params)
         return state.masks["w"]
 
@@ -270,7 +273,7 @@ def test_nothing_moves_when_all_are_kept(name):
     spec = NM(4, 4) if name != "share" else Unstructured(1.0)
     optimizer = rigl(optax.sgd(0.5), [Rule("w", spec)], delta_t=2, t_end=9)
     params = {"w": jnp.asarray(random(SHAPE), "float32")}
-    state = optimizer.init(params)
+    state: Any = optimizer.init(params)
     assert state.masks["w"].all()
     update = jax.jit(optimizer.update)
     for t in range(1, 4):

@@ -182,7 +182,7 @@ def sparse_transformation(
             moved, inner_state = inner.update(gradients, inner_state, kept, **extra)
             return masked_updates(moved, weights, masks), inner_state
 
-        count = optax.safe_increment(state.count)
+        count = state.count + 1
         parts = (count, updates, state.masks, state.inner, params, weights, descend)
         moved, masks, inner_state = step(*parts)
         return moved, SparseTrainingState(count, masks, inner_state)
