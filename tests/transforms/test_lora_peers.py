@@ -1,6 +1,7 @@
 """A layer with an adapter beside peft's, forward and backward."""
 
 import warnings
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -46,7 +47,9 @@ def test_values_and_gradients_are_those_of_peft(rs, dora):
         if any(kind in name for name in theirs)
     }
     base = net.base_model.model[0].base_layer.weight
-    arrays = {name: jnp.asarray(p.detach().numpy()) for name, p in found.items()}
+    arrays: dict[str, Any] = {
+        name: jnp.asarray(p.detach().numpy()) for name, p in found.items()
+    }
     spec = LoRA(3, alpha=5, rs=rs, dora=dora)
     node = LoRAArray(jnp.asarray(base.detach().numpy()), spec=spec, **arrays)
     inputs = jnp.asarray(x, "float32")
