@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from capibara_eqx.arrays import AffineArray, TernaryArray
 from capibara_eqx.cli import main
 from capibara_eqx.train import (
     RunFolder,
@@ -15,7 +14,15 @@ from capibara_eqx.train import (
     read_rules,
     read_text_corpus,
 )
-from capibara_eqx.transforms import NM, Affine, Rule, Ternary, dequantize, quantize
+from capibara_eqx.transforms import (
+    NM,
+    Affine,
+    Rule,
+    Ternary,
+    dequantize,
+    quantize,
+    report,
+)
 
 
 RULES = """
@@ -83,9 +90,9 @@ def test_the_compressed_run_holds_what_quantize_gives(finished, compressed, rule
     assert jax.tree.structure(small) == jax.tree.structure(expected)
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
-    mixer = small.stack.blocks[0].mixer
-    assert isinstance(mixer.in_proj.weight, TernaryArray)
-    assert isinstance(mixer.out_proj.weight, AffineArray)
+    kinds = {e.path.split("/")[-2]: e.scheme for e in report(small).entries}
+    assert kinds["in_proj"].startswith("ternary")
+    assert kinds["out_proj"].startswith("int4")
 
 
 def test_both_losses_are_those_of_the_models(finished, compressed, text):
@@ -93,7 +100,7 @@ def test_both_losses_are_those_of_the_models(finished, compressed, text):
     run, config = RunFolder.open(finished[1])
     model = load_model(run, config)
     corpus = read_text_corpus(
-        config.text,
+        text,
         heldout_fraction=config.heldout_fraction,
         min_train_bytes=(config.batch_size + 1) * config.seq_len,
     )

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
-from capibara_eqx.arrays import NM, Affine, Ternary, compress
+from capibara_eqx.arrays import Affine, Ternary, compress
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -27,7 +27,7 @@ def compiled() -> Any:
     return eqx.filter_jit(compress)
 
 
-SPECS: dict[str, Affine | Ternary | NM] = {
+SPECS: dict[str, Affine | Ternary] = {
     "int8": Affine(8),
     "int8 a8": Affine(8, activations="int8"),
     "int4 g3": Affine(4, group_size=3),
