@@ -169,6 +169,7 @@ def test_learned_steps_have_the_gradients_of_the_paper(spec, seed):
     g = random((OUT, IN), seed + 1)
     got = of_dense()(node, g)
     low, high = (-1, 1) if isinstance(spec, Ternary) else spec.limits
+    assert node.step is not None
     whole = node.step.size == 1
     steps = np.abs(wide(node.step)).ravel()
     cut = [oracle.groups(part, spec_width(spec), whole) for part in (weight, g)]

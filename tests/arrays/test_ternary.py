@@ -177,7 +177,8 @@ def test_bfloat16_weights_keep_their_scale_in_float32():
     for spec in (Ternary(), Affine(4)):
         node = compress(weight, spec)
         same = compress(weight.astype("float32"), spec)
-        assert not isinstance(node, SparseArray) and not isinstance(same, SparseArray)
+        assert not isinstance(node, SparseArray)
+        assert not isinstance(same, SparseArray)
         assert node.scale.dtype == "float32"
         assert node.dtype == node.dense().dtype == "bfloat16"
         assert eqx.tree_equal(node.scale, same.scale)
