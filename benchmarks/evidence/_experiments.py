@@ -8,6 +8,7 @@ from types import ModuleType
 from .._records import Bar
 from .._tables import Record
 from . import (
+    compressed_language,
     compression,
     digits,
     induction_heads,
@@ -43,6 +44,6 @@ EXPERIMENTS = {
     module.NAME: _experiment(module)
     for module in (
         *(selective_copying, induction_heads, parity),
-        *(digits, compression, linear_system),
+        *(digits, compression, compressed_language, linear_system),
     )
 }

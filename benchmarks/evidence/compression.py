@@ -2,7 +2,8 @@
 
 The digits of scikit-learn as rows of 64 numbers, split as in the experiment above,
 through three linear maps 64-128-128-10, an RMSNorm in front of each and a relu after
-the first two. One network is trained in float32 and then compressed as it is, one
+the first two. One network is trained in float32 and then compressed as it is, to
+nearest or by GPTQ (Frantar et al., arXiv 2210.17323) on the rows of the training; one
 trains with ternary weights and activations of eight bits (Ma et al., arXiv 2402.17764),
 one with two of every four weights at zero by SR-STE (Zhou et al., arXiv 2102.04010),
 all alike but for that. *Points* are hundredths of the rows of the test set; bytes are
@@ -27,7 +28,9 @@ from capibara_eqx.transforms import (
     Affine,
     Rule,
     Ternary,
+    collect_hessian,
     convert,
+    gptq,
     prepare_qat,
     quantize,
     report,
@@ -87,10 +90,18 @@ def _by(spec: Affine | Ternary | NM) -> Callable[[Classifier, Array], Classifier
     return lambda model, rows: quantize(model, _rules(spec))[0]
 
 
+def _by_gptq(model: Classifier, rows: Array) -> Classifier:
+    rules = _rules(Affine(4))
+    stats = collect_hessian(model, lambda model, x: model(x), [rows], rules)
+    return gptq(model, stats, rules, act_order=True)[0]
+
+
 # What is made of the network that was trained in float32; `rows` are those that it was
 # trained on, for ways that look at them.
 AFTER_TRAINING: Mapping[str, Callable[[Classifier, Array], Classifier]] = {
     "int8": _by(Affine(8)),
+    "int4": _by(Affine(4)),
+    "int4 GPTQ": _by_gptq,
     "ternary": _by(Ternary(activations="int8")),
     "2:4": _by(NM(2, 4)),
 }
@@ -221,6 +232,10 @@ def bars(records: Sequence[Record]) -> Iterator[Bar]:
         name = f"{NAME}_{form}".replace(", ", "_").replace(" ", "_")
         value = below(form)
         yield Bar(name, f"{statement} (mean)", value, limit, at_least, "points")
+    losses = {form: _mean(found, "loss") for form, found in _forms(records).items()}
+    value = round(losses["int4, as it is"] - losses["int4 GPTQ, as it is"], 4)
+    statement = "GPTQ at 4 bits lowers the test loss of rounding to nearest (mean)"
+    yield Bar(f"{NAME}_gptq", statement, value, 0.0, True, "nats")
     statement = "2:4 weights, not trained, below those that are (mean)"
     value = below("2:4, as it is", SPARSE)
     yield Bar(f"{NAME}_one_shot", statement, value, 0.5, True, "points")

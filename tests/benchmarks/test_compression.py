@@ -39,7 +39,7 @@ def record(model, accuracy, compressed=None):
 
 
 def test_claims_are_differences_of_means():
-    after = {"int8": 0.98, "ternary": 0.9, "2:4": 0.95}
+    after = {"int8": 0.98, "ternary": 0.9, "2:4": 0.95, "int4": 0.97, "int4 GPTQ": 0.98}
     records = [
         record("float32", 0.99, after),
         record("float32", 0.97, after),
@@ -57,6 +57,7 @@ def test_claims_are_differences_of_means():
             "2:4_SR-STE": 1.5,
             "int8_as_it_is": 0.0,
             "ternary_as_it_is": 8.0,
+            "gptq": 0.0,
             "one_shot": 1.5,
         }
     )
