@@ -99,7 +99,8 @@ def test_fake_quantize_of_torch(symmetric):
     assert_close(got, want.detach(), dtype="float32")
     assert_close(pull(jnp.asarray(cotangent))[0], x.grad, dtype="float32")
     beyond = np.mean(wide(x.grad) == 0)
-    assert 0.1 < beyond < 0.4
+    # A fifth of the sizes, or a fifth at each end.
+    assert 0.1 < beyond < 0.41
 
 
 def test_bitnet_of_transformers():

@@ -129,7 +129,7 @@ def small_of(name: str, spec) -> Any:
     return quantize(model_of(name), rules(spec))[0]
 
 
-def nodes_of(model) -> list[AbstractWeight]:
+def nodes_of(model) -> list[Any]:
     found = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, AbstractWeight))
     return [node for node in found if isinstance(node, AbstractWeight)]
 

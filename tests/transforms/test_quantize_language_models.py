@@ -34,6 +34,12 @@ MAKE = {
 }
 SPECS = {"int4 g3": Affine(4, group_size=3), "ternary a8": Ternary(activations="int8")}
 cases = pytest.mark.parametrize("name", MAKE)
+# A list of layers, and rounded tokens, run with the slow tests.
+listed = pytest.param(False, marks=pytest.mark.slow, id="list")
+scans = pytest.mark.parametrize("scan", [listed, pytest.param(True, id="scanned")])
+specs = pytest.mark.parametrize(
+    "spec", ["int4 g3", pytest.param("ternary a8", marks=pytest.mark.slow)]
+)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, SEQ)), "int32")
 
 
@@ -53,7 +59,7 @@ def call() -> Any:
 
 
 @cases
-@pytest.mark.parametrize("spec", SPECS)
+@specs
 def test_a_list_and_a_stack_of_layers_are_one_model(name, spec):
     """The codes of a layer do not depend on what it is stacked with."""
     listed, stacked = [small_of(name, scan, spec) for scan in (False, True)]
@@ -72,7 +78,7 @@ def test_a_list_and_a_stack_of_layers_are_one_model(name, spec):
 
 
 @cases
-@pytest.mark.parametrize("scan", [False, True], ids=["list", "scanned"])
+@scans
 def test_it_computes_with_the_rounded_weights(name, scan):
     small = small_of(name, scan, "int4 g3")
     got, want = [call()(m, TOKENS) for m in (small, dequantize(small))]
@@ -81,8 +87,8 @@ def test_it_computes_with_the_rounded_weights(name, scan):
 
 
 @cases
-@pytest.mark.parametrize("scan", [False, True], ids=["list", "scanned"])
-@pytest.mark.parametrize("spec", SPECS)
+@scans
+@specs
 def test_streaming_is_the_call(name, scan, spec):
     """Prefill of some tokens and a step for each of the others."""
     small = small_of(name, scan, spec)
@@ -107,7 +113,7 @@ def test_streaming_is_the_call(name, scan, spec):
 
 
 @cases
-@pytest.mark.parametrize("scan", [False, True], ids=["list", "scanned"])
+@scans
 def test_training_and_conversion(name, scan):
     """The loss falls in a few steps, and the converted model computes the same."""
     rules = [Rule(".*weight", Affine(4, group_size=3, learned_step=True))]
