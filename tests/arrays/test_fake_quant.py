@@ -16,6 +16,7 @@ from support.quant_cases import (
     OUT,
     SPECS,
     compiled,
+    names,
     random,
     seeds,
     weight_of,
@@ -27,7 +28,6 @@ from capibara_eqx.arrays import Affine, FakeQuantArray, Ternary
 
 
 EPS = EPSILONS["float32"]
-names = pytest.mark.parametrize("name", SPECS)
 close = functools.partial(assert_close, dtype="float32", length=IN)
 
 
@@ -52,9 +52,9 @@ def pulled_back() -> Any:
     return pull
 
 
-def fake(weight, spec) -> FakeQuantArray:
+def fake(weight, spec) -> Any:
     """With learned steps that training has moved a little, one of them below zero."""
-    node = FakeQuantArray.of(jnp.asarray(weight), spec)
+    node: Any = FakeQuantArray.of(jnp.asarray(weight), spec)
     if node.step is None:
         return node
     factors = np.linspace(0.6, 1.1, node.step.size).reshape(node.step.shape)

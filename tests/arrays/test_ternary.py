@@ -11,14 +11,7 @@ from support import quant_oracle as oracle
 from support.quant_cases import IN, OUT, compiled, seeds, weight_of, wide
 from support.tolerances import EPSILONS, assert_close
 
-from capibara_eqx.arrays import (
-    Affine,
-    AffineArray,
-    SparseArray,
-    Ternary,
-    TernaryArray,
-    compress,
-)
+from capibara_eqx.arrays import Affine, AffineArray, Ternary, TernaryArray
 
 
 SCALES = ("absmean", "seed", "l2", "learned")
@@ -42,7 +35,7 @@ def test_codes_and_scales_are_those_of_the_loops(seed, scale, packing):
     np.testing.assert_array_equal(got[sure], codes[sure])
     rule = "absmean" if scale == "learned" else scale
     want = oracle.ternary_scale(weight, got, mean, rule)
-    assert_close(node.scale, np.array([[want]]), dtype="float32", length=OUT * IN)
+    assert_close(node.scale, np.full((1, 1), want), dtype="float32", length=OUT * IN)
     assert_close(node.dense(), got * want, dtype="float32", length=OUT * IN)
 
 
@@ -175,11 +168,9 @@ def test_a_stack_is_its_matrices():
 def test_bfloat16_weights_keep_their_scale_in_float32():
     weight = jnp.asarray(weight_of(0), "bfloat16")
     for spec in (Ternary(), Affine(4)):
-        node = compress(weight, spec)
-        same = compress(weight.astype("float32"), spec)
-        assert not isinstance(node, SparseArray)
-        assert not isinstance(same, SparseArray)
+        node = compiled()(weight, spec)
         assert node.scale.dtype == "float32"
         assert node.dtype == node.dense().dtype == "bfloat16"
+        same = compiled()(weight.astype("float32"), spec)
         assert eqx.tree_equal(node.scale, same.scale)
         assert eqx.tree_equal(node.codes, same.codes)

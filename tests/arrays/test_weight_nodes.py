@@ -208,7 +208,7 @@ def test_a_matrix_sharded_along_the_input_is_decoded_where_it_lies(spec):
     placed = jax.tree.map(place, node)
     target = NamedSharding(mesh, P(None, "model"))
     decode = jax.jit(lambda node: node.dense(), out_shardings=target)
-    text = str(decode.lower(placed).compile().as_text())
+    text = decode.lower(placed).compile().as_text() or ""
     assert not any(word in text for word in ("all-to-all", "all-gather", "all-reduce"))
     np.testing.assert_array_equal(decode(placed), node.dense())
     y = jax.jit(lambda node, x: node @ x)(placed, random((64,)))

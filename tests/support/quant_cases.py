@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from capibara_eqx.arrays import Affine, Ternary, compress
@@ -27,7 +28,7 @@ def compiled() -> Any:
     return eqx.filter_jit(compress)
 
 
-SPECS: dict[str, Affine | Ternary] = {
+SPECS: dict[str, Any] = {
     "int8": Affine(8),
     "int8 a8": Affine(8, activations="int8"),
     "int4 g3": Affine(4, group_size=3),
@@ -50,6 +51,14 @@ SPECS: dict[str, Affine | Ternary] = {
     "ternary l2 bf16": Ternary(scale="l2", scale_dtype=jnp.bfloat16),
     "ternary learned": Ternary(scale="learned"),
 }
+
+# The others run with the slow tests; `test_training_computes_...` draws from all.
+QUICK = ("int4 g3", "int8 asymmetric g2 a8", "int5 percentile", "ternary a8")
+QUICK += ("int4 learned", "ternary learned")
+names = pytest.mark.parametrize(
+    "name",
+    [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SPECS],
+)
 
 
 def weight_of(seed: int, shape=(OUT, IN), power: int | None = None) -> np.ndarray:

@@ -129,14 +129,21 @@ def small_of(name: str, spec) -> Any:
     return quantize(model_of(name), rules(spec))[0]
 
 
-def nodes_of(model) -> list[AbstractWeight]:
+def nodes_of(model) -> list[Any]:
     found = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, AbstractWeight))
     return [node for node in found if isinstance(node, AbstractWeight)]
 
 
+def arrays_of(tree) -> list[jax.Array]:
+    """The smallest first."""
+    kinds = jax.Array | np.ndarray
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, kinds)]
+    return sorted(leaves, key=lambda leaf: leaf.size)
+
+
 def close_trees(got, want, length: int = 100, terms: float = 1e-6) -> None:
-    """Leaves of the same numbers, in whatever they are held."""
-    got, want = jax.tree.leaves(got), jax.tree.leaves(want)
+    """Arrays of the same numbers, by size: `CompressedConv` has another order."""
+    got, want = arrays_of(got), arrays_of(want)
     assert len(got) == len(want)
     for one, other in zip(got, want, strict=True):
         one = np.reshape(wide(one), other.shape)

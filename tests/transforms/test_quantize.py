@@ -42,8 +42,14 @@ models = pytest.mark.parametrize("name", MODELS)
 GRID = SPECS["int4 g3"]
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @models
-@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+@pytest.mark.parametrize(
+    "spec", [GRID, slow(SPECS["int8"]), slow(SPECS["ternary"])], ids=str
+)
 def test_it_computes_with_the_rounded_weights_and_goes_back(name, spec):
     model, small = model_of(name), small_of(name, spec)
     plain = dequantize(small)
@@ -87,7 +93,7 @@ def test_whatever_the_weights_quantizing_twice_is_quantizing_once(seed, spec):
     assert back["b"][0] is model["b"][0]
 
 
-TRAINED = [GRID, Affine(8, activations="int8"), Ternary(scale="learned")]
+TRAINED = [GRID, slow(Affine(8, activations="int8")), slow(Ternary(scale="learned"))]
 
 
 @models
@@ -127,7 +133,9 @@ def test_second_derivatives_in_training(name):
     close_trees(twice(fake), twice(dequantize(fake)), length=1000)
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "gru", "conv1d", "our linear"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "gru", *map(slow, ["attention", "conv1d", "our linear"])]
+)
 def test_an_ensemble_before_or_after(name):
     """Quantized before or after stacking: the same codes, under vmap and scan."""
     make, call = MODELS[name][:2]
@@ -166,7 +174,7 @@ def one(stack, i: int):
     )
 
 
-@pytest.mark.parametrize("name", ["attention", "lstm", "transposed", "experts"])
+@pytest.mark.parametrize("name", ["attention", "transposed", slow("experts")])
 def test_checkpoint_and_jit_change_nothing(name):
     small, x, call = small_of(name, GRID), x_of(name), MODELS[name][1]
 
@@ -182,7 +190,7 @@ def test_checkpoint_and_jit_change_nothing(name):
 
 @models
 @pytest.mark.parametrize(
-    "spec", [Affine(3, symmetric=False), Ternary(packing="base3")], ids=str
+    "spec", [Affine(3, symmetric=False), slow(Ternary(packing="base3"))], ids=str
 )
 def test_a_file_holds_the_bytes_of_the_report(name, spec):
     """`tree_serialise_leaves` writes a header of 128 bytes for each array."""

@@ -51,7 +51,8 @@ class Affine:
         given.
     - `calibration`: the range is that of all values for `"minmax"`, that of a share of
         them for `"percentile"`, the one of least squared error for `"mse"`.
-    - `percentile`: that share, in (50, 100].
+    - `percentile`: that share, in (50, 100]; without symmetry the rest is left out at
+        each end.
     - `learned_step`: whether training with fake codes learns the step.
     - `gradient`: of rounding: `"clipped"`, 1 inside the range and 0 outside, or
         `"identity"`.
