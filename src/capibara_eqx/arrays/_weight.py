@@ -1,4 +1,5 @@
 import abc
+import dataclasses
 import math
 from typing import Any, Self
 
@@ -57,8 +58,8 @@ class AbstractWeight(eqx.Module):
 
     def astype(self, dtype: DTypeLike) -> Self:
         """The same weight, that stands for an array of another dtype."""
-        dtype = jnp.dtype(dtype)
-        return eqx.tree_at(lambda node: node.dtype, self, dtype)
+        # Not by `eqx.tree_at`, which replaces leaves: the dtype is static.
+        return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def __jax_array__(self) -> Array:
         return self.dense()
