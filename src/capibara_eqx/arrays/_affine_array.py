@@ -1,4 +1,4 @@
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ class AffineArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         spec: Affine,
         step: Float[Array, "*stack rows groups"] | None = None,
-    ) -> Self:
+    ) -> "AffineArray":
         """The nearest codes to a weight.
 
         **Arguments:**
@@ -67,7 +67,7 @@ class AffineArray(AbstractWeight):
         zero: UInt8[Array, "*stack rows groups"] | None,
         spec: Affine,
         dtype: Any,
-    ) -> Self:
+    ) -> "AffineArray":
         """Codes, steps and zero points that something else found, packed."""
         return cls(
             codes=pack_codes(codes, spec.bits),

@@ -1,5 +1,3 @@
-from typing import Self
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -34,7 +32,7 @@ class SparseArray(AbstractWeight):
     dtype: jnp.dtype = eqx.field(static=True)
 
     @classmethod
-    def compress(cls, weight: Float[Array, "*stack out in"], spec: NM) -> Self:
+    def compress(cls, weight: Float[Array, "*stack out in"], spec: NM) -> "SparseArray":
         """The largest values of a weight and their places.
 
         **Arguments:**
@@ -61,7 +59,7 @@ class SparseArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         places: Int[Array, "*stack out groups n"],
         spec: NM,
-    ) -> Self:
+    ) -> "SparseArray":
         """The values of a weight at places that something else chose."""
         groups = weight.reshape(*weight.shape[:-1], -1, spec.m)
         values = jnp.take_along_axis(groups, places, axis=-1)

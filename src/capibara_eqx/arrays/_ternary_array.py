@@ -1,5 +1,3 @@
-from typing import Self
-
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int8, Integer, UInt8
@@ -49,7 +47,7 @@ class TernaryArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         spec: Ternary,
         step: Float[Array, "*stack 1 1"] | None = None,
-    ) -> Self:
+    ) -> "TernaryArray":
         """The nearest codes to a weight.
 
         **Arguments:**
@@ -74,7 +72,7 @@ class TernaryArray(AbstractWeight):
         scale: Float[Array, "*stack 1 1"],
         spec: Ternary,
         dtype: DTypeLike,
-    ) -> Self:
+    ) -> "TernaryArray":
         """-1, 0 and 1 and a scale that something else found, packed."""
         if spec.packing == "base3":
             packed = pack_trits((codes + _LOWEST_TRIT).astype(jnp.uint8))

@@ -1,7 +1,7 @@
 import abc
 import dataclasses
 import math
-from typing import Any, Self
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -56,7 +56,7 @@ class AbstractWeight(eqx.Module):
     def T(self) -> Array:
         return self.dense().T
 
-    def astype(self, dtype: DTypeLike) -> Self:
+    def astype(self, dtype: DTypeLike) -> "AbstractWeight":
         """The same weight, that stands for an array of another dtype."""
         # Not by `eqx.tree_at`, which replaces leaves: the dtype is static.
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
