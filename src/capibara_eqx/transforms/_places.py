@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ..arrays import AbstractWeight, is_weight
-from ..layers import CompressedConv, Embedding, Linear, MoE
+from ..layers import BitNet158, CompressedConv, Embedding, Linear, MoE
 
 
 # The matrices of layers that are known; nothing else of theirs is one, whatever its
@@ -22,6 +22,7 @@ _MATRICES: Mapping[type, tuple[str, ...]] = {
     eqx.nn.LSTMCell: ("weight_ih", "weight_hh"),
     eqx.nn.Conv: ("weight",),
     eqx.nn.ConvTranspose: ("weight",),
+    BitNet158: ("weight",),
     CompressedConv: ("matrix",),
     Linear: ("weight",),
     Embedding: ("weight",),
