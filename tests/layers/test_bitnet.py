@@ -26,7 +26,7 @@ IN, OUT = 13, 7
 SUM = {"dtype": "float32", "length": IN}
 
 
-def layer_of(seed: int = 0, **options: Any) -> BitNet158:
+def layer_of(seed: int = 0, **options: Any) -> Any:
     return filled(BitNet158, IN, OUT, seed=seed, size=0.7, **options)
 
 
@@ -84,7 +84,9 @@ def test_codes(seed, shape):
     np.testing.assert_array_equal(got, codes)
     assert isinstance(small.weight, TernaryArray)
     np.testing.assert_array_equal(small.get_weights(), codes)
-    assert_close(small.weight.scale[0, 0], gamma, dtype="float32", length=rows * columns)
+    assert_close(
+        small.weight.scale[0, 0], gamma, dtype="float32", length=rows * columns
+    )
     # Four codes a byte, every row from a byte of its own, and the scale.
     assert small.weight.nbytes == rows * -(-columns // 4) + 4
 

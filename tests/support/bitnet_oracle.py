@@ -1,7 +1,5 @@
 """BitNet b1.58 and affine codes in float64 NumPy, one value after the other."""
 
-from collections.abc import Sequence
-
 import numpy as np
 from support.numpy_oracles import Array, rms_norm, wide
 
@@ -25,7 +23,7 @@ def ternary(weight: Array) -> tuple[Array, float]:
     return codes, gamma
 
 
-def affine_row(row: Sequence[float], bits: int, symmetric: bool, narrow: bool):
+def affine_row(row: Array, bits: int, symmetric: bool, narrow: bool):
     """Codes, step and zero point of values that share a step."""
     if symmetric:
         largest = max(abs(value) for value in row)
@@ -48,5 +46,7 @@ def bitnet(x: Array, weight: Array, norm: Array, eps: float = 1e-5) -> Array:
     for t, token in enumerate(rms_norm(x, wide(norm), eps)):
         rounded = rounded_token(token)
         for o, row in enumerate(codes):
-            y[t, o] = gamma * sum(c * value for c, value in zip(row, rounded, strict=True))
+            y[t, o] = gamma * sum(
+                c * value for c, value in zip(row, rounded, strict=True)
+            )
     return y

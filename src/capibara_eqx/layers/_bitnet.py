@@ -102,7 +102,9 @@ class BitNet158(eqx.Module):
         limit = 1 / math.sqrt(in_features)
         shape = (out_features, in_features)
         weight = jax.random.uniform(key, shape, dtype, -limit, limit)
-        self.weight = FakeQuantArray.of(weight, self.spec) if use_quantization else weight
+        self.weight = (
+            FakeQuantArray.of(weight, self.spec) if use_quantization else weight
+        )
         self.warmup = float(warmup)
         self.in_features = in_features
         self.out_features = out_features

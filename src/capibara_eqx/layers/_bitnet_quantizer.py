@@ -13,10 +13,10 @@ class BitNetQuantizer(eqx.Module):
 
     over the last axis, so that a token does not see the others: Ma et al., *The Era of
     1-bit LLMs: All Large Language Models are in 1.58 Bits*, arXiv 2402.17764. Without
-    symmetry the $2^b$ codes reach from the least to the largest value of the token, zero
-    among them. Derivatives pass as if nothing were rounded (Bengio et al., *Estimating
-    or Propagating Gradients Through Stochastic Neurons*, arXiv 1308.3432). Computed in
-    float32 or wider.
+    symmetry the $2^b$ codes reach from the least to the largest value of a token, with
+    zero among them. Derivatives pass as if nothing were rounded (Bengio et al.,
+    *Estimating or Propagating Gradients Through Stochastic Neurons*, arXiv 1308.3432).
+    Computed in float32 or wider.
 
     !!! example
 

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from ..arrays import AffineArray, Spec, TernaryArray, compress, is_weight
+from ..arrays import AbstractWeight, Spec, compress, is_weight
 
 
 def compress_array(
     function: str, weights: Float[Array, "*stack in"], spec: Spec
-) -> AffineArray | TernaryArray:
+) -> AbstractWeight:
     """`arrays.compress` for weights of one axis too: a row, whose node has one axis.
 
     `ValueError` for what no codes stand for, in the name of `function`.
