@@ -128,6 +128,11 @@ def _contradictions(
         ]
     if read.structure is None:
         return [f"`config`: {problem}" for problem in read.problems]
+    if read.ternary is not None:
+        return [
+            "`config` has a `quantization_config`, the weights are written as floats. "
+            "Leave the entry out"
+        ]
     own = structure.entries()
     return [
         f"`config` makes `{field}` {value}, the model has {own[field]}"
