@@ -1,5 +1,8 @@
 """Checkpoints of BitNet, packed or not, against their logits in float64 NumPy."""
 
+from pathlib import Path
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +21,10 @@ from capibara_eqx.transforms import convert, dequantize, report
 
 TOKENS = np.array([3, 0, 10, 7, 7, 1, 4])
 QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return load_hf(folder, **options)
 
 
 @eqx.filter_jit
@@ -46,21 +53,21 @@ def close(got, want):
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits(kind, tmp_path):
     written = write(tmp_path, kind)
-    close(run(load_hf(tmp_path, scan=True)), logits_of(written, TOKENS))
+    close(run(loaded(tmp_path, scan=True)), logits_of(written, TOKENS))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_of_a_text_that_goes_on(kind, tmp_path):
     written = write(tmp_path, kind)
-    close(stream(load_hf(tmp_path)), logits_of(written, TOKENS))
+    close(stream(loaded(tmp_path)), logits_of(written, TOKENS))
 
 
 @pytest.mark.parametrize("kind", ["divides", "multiplies", "plain"])
 def test_what_is_kept(kind, tmp_path):
     """Codes bit by bit, and a scale that multiplies whatever the file has."""
     written = write(tmp_path, kind, np.float16)
-    model = load_hf(tmp_path)
+    model = loaded(tmp_path)
     block = model.stack.blocks[1]
     names = {
         "mixer.q_proj": "self_attn.q_proj",
@@ -89,7 +96,7 @@ def test_what_is_kept(kind, tmp_path):
     np.testing.assert_array_equal(
         block.feed_forward.down_proj.norm.weight, written.tensors[norm]
     )
-    assert load_hf(tmp_path, dtype=jnp.bfloat16).head is None
+    assert loaded(tmp_path, dtype=jnp.bfloat16).head is None
 
 
 def test_plain_weights_of_any_size(tmp_path):
@@ -98,7 +105,7 @@ def test_plain_weights_of_any_size(tmp_path):
     tensors = dict(written.tensors)
     tensors[QUERY] = tensors[QUERY] * np.float32(0.5)
     save_file(tensors, tmp_path / "model.safetensors")
-    node = load_hf(tmp_path).stack.blocks[1].mixer.q_proj.weight
+    node = loaded(tmp_path).stack.blocks[1].mixer.q_proj.weight
     np.testing.assert_array_equal(node.ternary, written.codes[QUERY])
     want = 0.5 * written.tensors[f"{QUERY}_scale"]
     np.testing.assert_array_equal(node.scale[0], want)
@@ -106,7 +113,7 @@ def test_plain_weights_of_any_size(tmp_path):
 
 def test_weights_that_still_learn(tmp_path):
     written = write(tmp_path, "online")
-    model = load_hf(tmp_path, scan=True)
+    model = loaded(tmp_path, scan=True)
     node = model.stack.blocks.mixer.q_proj.weight
     assert isinstance(node, FakeQuantArray)
     np.testing.assert_array_equal(node.weight[1], written.tensors[QUERY])
@@ -122,9 +129,9 @@ def test_weights_that_still_learn(tmp_path):
 
 def test_a_float_model_is_written_again(tmp_path):
     written = write(tmp_path, "float")
-    model = load_hf(tmp_path)
+    model = loaded(tmp_path)
     save_hf(model, tmp_path / "again")
-    again = load_hf(tmp_path / "again")
+    again = loaded(tmp_path / "again")
     np.testing.assert_array_equal(run(again), run(model))
     found = load_file(tmp_path / "again" / "model.safetensors")
     assert found.keys() == written.tensors.keys()
@@ -135,8 +142,8 @@ def test_a_float_model_is_written_again(tmp_path):
 def test_a_ternary_model_is_written_as_floats(tmp_path):
     """Of the values that it computes with, its inputs no longer rounded."""
     written = write(tmp_path, "divides")
-    save_hf(dequantize(load_hf(tmp_path)), tmp_path / "again")
-    again = load_hf(tmp_path / "again")
+    save_hf(dequantize(loaded(tmp_path)), tmp_path / "again")
+    again = loaded(tmp_path / "again")
     close(run(again), logits_of(written._replace(codes={}), TOKENS))
     got = wide(again.stack.blocks[1].mixer.q_proj.weight)
     np.testing.assert_allclose(got, written.dense[QUERY], rtol=2**-22)
@@ -144,7 +151,7 @@ def test_a_ternary_model_is_written_as_floats(tmp_path):
 
 def test_the_work_counts_the_norms_inside(tmp_path):
     write(tmp_path, "float")
-    _, block, *_ = model_cost(load_hf(tmp_path), max_len=5)
+    _, block, *_ = model_cost(loaded(tmp_path), max_len=5)
     maps = 2 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 6 * 8)
     norms = 4 * (3 * 8 + 6)
     assert block.flops == maps + norms + 2 * 5 * (4 * 4 + 5)

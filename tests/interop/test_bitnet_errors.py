@@ -1,6 +1,7 @@
 """Checkpoints of BitNet that are damaged or that say what is not supported."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -19,6 +20,10 @@ pytestmark = pytest.mark.errors
 FILE = "model.safetensors"
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 GATE = "model.layers.0.mlp.gate_proj.weight"
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return load_hf(folder, **options)
 
 
 def change(folder, **tensors: Any) -> None:
@@ -87,20 +92,20 @@ def test_damaged_files(name, kind, tmp_path):
     tensors, words = DAMAGE[name]
     change(tmp_path, **tensors)
     with refused("load_hf", str(tmp_path), *words):
-        load_hf(tmp_path)
+        loaded(tmp_path)
 
 
 def test_what_fills_the_last_bytes_up_is_not_read(tmp_path):
     """Six rows are two bytes of four: the places of two rows are free."""
     write(tmp_path, "divides")
-    before = load_hf(tmp_path).stack.blocks[0].feed_forward.gate_proj.weight
+    before = loaded(tmp_path).stack.blocks[0].feed_forward.gate_proj.weight
     change(tmp_path, **{GATE: lambda x: x | (3 << 6)})
-    after = load_hf(tmp_path).stack.blocks[0].feed_forward.gate_proj.weight
+    after = loaded(tmp_path).stack.blocks[0].feed_forward.gate_proj.weight
     np.testing.assert_array_equal(after.ternary, before.ternary)
     # The sixth row lies under them.
     change(tmp_path, **{GATE: lambda x: x | (3 << 4)})
     with refused(f"{GATE} in {FILE}", "code 3"):
-        load_hf(tmp_path)
+        loaded(tmp_path)
 
 
 def test_floats_where_bytes_belong(tmp_path):
@@ -108,15 +113,15 @@ def test_floats_where_bytes_belong(tmp_path):
     config = {**CONFIG, "quantization_config": KINDS["divides"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with refused(f"{QUERY} must be packed in bytes", "U8", "F32", "(2, 8), got (8, 8)"):
-        load_hf(tmp_path)
+        loaded(tmp_path)
     config = {**CONFIG, "quantization_config": KINDS["multiplies"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    load_hf(tmp_path)
+    loaded(tmp_path)
     for make in (lambda x: x + 0.1 * (x == 1), lambda x: x * np.float32("nan")):
         save_file(tensors, tmp_path / FILE)
         change(tmp_path, **{QUERY: lambda x, make=make: make(x).astype("float32")})
         with refused(f"{QUERY} in {FILE}", "-1, 0 and 1", "'online'"):
-            load_hf(tmp_path)
+            loaded(tmp_path)
 
 
 # Entries of quantization_config, what the message says.
@@ -140,7 +145,7 @@ def test_entries_of_the_quantization(entries, words, tmp_path):
     config = {**CONFIG, "quantization_config": entries}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with refused("config.json", "quantization_config", *words):
-        load_hf(tmp_path)
+        loaded(tmp_path)
 
 
 # Entries of config.json, what the message says.
@@ -166,16 +171,16 @@ def test_entries_of_the_architecture(entries, words, tmp_path):
     config = {**CONFIG, "quantization_config": KINDS["divides"]} | entries
     (tmp_path / "config.json").write_text(json.dumps(config))
     with refused(str(tmp_path), *words):
-        load_hf(tmp_path)
+        loaded(tmp_path)
 
 
 def test_ternary_models_are_not_written(tmp_path):
     write(tmp_path, "multiplies")
-    ternary = load_hf(tmp_path)
+    ternary = loaded(tmp_path)
     with refused("save_hf", "q_proj.weight.codes", "dequantize"):
         save_hf(ternary, tmp_path / "again")
     write(tmp_path, "float")
-    plain = load_hf(tmp_path)
+    plain = loaded(tmp_path)
     quantization = {"quantization_config": KINDS["divides"]}
     with refused("save_hf", "`quantization_config`", "floats", "Leave the entry out"):
         save_hf(plain, tmp_path / "again", config=quantization)
@@ -189,11 +194,10 @@ def test_ternary_models_are_not_written(tmp_path):
 def test_norms_in_one_place_only(tmp_path):
     """Of two maps; and maps that are none of ours."""
     write(tmp_path, "float")
-    model = load_hf(tmp_path)
+    model = loaded(tmp_path)
     block = model.stack.blocks[0]
-    linear = transformer_language_model(
-        11, 8, 1, 2, d_ff=6, key=jax.random.key(0)
-    ).stack.blocks[0]
+    llama: Any = transformer_language_model(11, 8, 1, 2, d_ff=6, key=jax.random.key(0))
+    linear = llama.stack.blocks[0]
     half = eqx.tree_at(
         lambda m: m.stack.blocks[0].mixer.o_proj, model, linear.mixer.o_proj
     )

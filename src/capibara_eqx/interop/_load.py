@@ -41,9 +41,15 @@ def load_hf(
     The folder holds config.json and the weights as safetensors, in one file or in
     several with an index. Read are `LlamaForCausalLM`, `MistralForCausalLM`,
     `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `MixtralForCausalLM`, with rotary
-    positions that are plain, linear, llama3 or yarn, `MambaForCausalLM` and
-    `Mamba2ForCausalLM`. What would change the result and is not supported is an error.
-    Nothing is downloaded.
+    positions that are plain, linear, llama3 or yarn, `BitNetForCausalLM`,
+    `MambaForCausalLM` and `Mamba2ForCausalLM`. What would change the result and is not
+    supported is an error. Nothing is downloaded.
+
+    Ternary weights of BitNet, in its own architecture or in Llama's, become
+    `arrays.TernaryArray`s that round their inputs to eight bits; those that
+    transformers rounds anew at every use become `arrays.FakeQuantArray`s, which learn,
+    and which `transforms.convert` packs. `transforms.dequantize` makes floats of
+    either.
 
     The model computes what transformers computes for a whole text, but for rounding,
     and the same from a cache. Padding is a negative `segment_ids`, where transformers
@@ -68,7 +74,7 @@ def load_hf(
 
     - `ValueError`: one for all that is wrong: files that are missing or damaged, an
         unknown architecture, unsupported entries of config.json, tensors that are
-        missing, too many, or of other shapes.
+        missing, too many, or of other shapes, packed weights that are no weights.
     - `ImportError`: without the extra `interop`.
 
     !!! example
