@@ -41,3 +41,19 @@ def test_silu_and_its_derivatives(dtype):
             scale = max(abs(expected), smallest)
             assert abs(one - expected) <= tolerance(dtype) * scale, (order, POINTS[i])
     assert_close(curve, want[2][3], dtype=dtype)
+
+
+def test_relu2_and_its_derivatives():
+    x = jnp.asarray(POINTS, "float32")
+
+    def relu2(x):
+        return activate("relu2", x)
+
+    wide = np.maximum(np.asarray(x, "float64"), 0)
+    want = (wide**2, 2 * wide, np.where(wide > 0, 2.0, 0))
+    # At zero the slope bends: either of its two values, and finite.
+    for f, expected in zip(
+        (relu2, jax.grad(relu2), jax.grad(jax.grad(relu2))), want, strict=True
+    ):
+        got = np.asarray(jax.jit(jax.vmap(f))(x), "float64")
+        np.testing.assert_allclose(got, expected, rtol=tolerance("float32"))

@@ -16,7 +16,7 @@ from capibara_eqx.layers import GLU, MLP, SwiGLU, weight_decay_mask
 
 
 KEY = jax.random.key(0)
-GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "relu2glu": "relu2"}
 
 
 def random(shape, seed=0, dtype="float32"):
@@ -72,7 +72,8 @@ def test_one_fused_map_is_two():
 
 @pytest.mark.parametrize("d_out", [None, 3])
 @pytest.mark.parametrize(
-    ("activation", "use_bias"), [("gelu", True), ("silu", False), ("relu", True)]
+    ("activation", "use_bias"),
+    [("gelu", True), ("silu", False), ("relu", True), ("relu2", True)],
 )
 def test_mlp(activation, use_bias, d_out):
     layer = filled(MLP, 5, 7, activation, use_bias, d_out, seed=0, size=0.4)

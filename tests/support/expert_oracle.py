@@ -11,6 +11,7 @@ ACTIVATIONS = {
     "silu": lambda x: x * expit(x),
     "gelu": lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2))),
     "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
 }
 
 

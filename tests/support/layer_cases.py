@@ -34,6 +34,8 @@ from capibara_eqx.layers import (
     GLU,
     MLP,
     Attention,
+    BitNet158,
+    BitNetQuantizer,
     ByteEmbedding,
     Conv1DBlock,
     DecoupledAttention,
@@ -73,6 +75,10 @@ def _stack(scan: bool, *, key) -> Stack:
     keys = jax.random.split(key, 2)
     blocks = [ResidualBlock(Mamba(3, 2, d_conv=2, key=k), 3) for k in keys]
     return Stack(blocks, scan=scan)
+
+
+def _packed_bitnet(*, key) -> BitNet158:
+    return BitNet158(5, 3, key=key).quantize()
 
 
 def _scanned_model(*, key) -> LanguageModel:
@@ -130,6 +136,8 @@ CASES = (
         # The map, the two of the adapter, and the lengths of rows.
         roundings=4,
     ),
+    Case("bitnet158", partial(BitNet158, 5, 3), 5, 10, mixer=False),
+    Case("bitnet_quantizer", lambda key: BitNetQuantizer(4), 5, 1, mixer=False),
     Case("rms_norm", lambda key: RMSNorm(5), 5, 5, mixer=False),
     Case("layer_norm", lambda key: LayerNorm(5), 5, 5, mixer=False),
     Case("embedding", partial(Embedding, VOCAB, 3), 3, 1, mixer=False, tokens=True),
@@ -259,6 +267,8 @@ CASES = (
         roundings=32,
         slow=True,
     ),
+    Case("bitnet_affine", partial(BitNet158, 5, 3, True, 4), 5, 10, False, slow=True),
+    Case("bitnet_packed", _packed_bitnet, 5, 10, mixer=False, slow=True),
     Case("model_hybrid", _hybrid_model, **_MODEL, slow=True),
     Case("hybrid_mamba_attention", hybrid, 4, 60, slow=True),
     Case("ultra_mamba", partial(ultra, "mamba"), 3, 60, padding="input", slow=True),

@@ -24,9 +24,9 @@ class AffineArray(AbstractWeight):
         ```
     """
 
-    codes: UInt8[Array, "*stack out bytes"]
-    scale: Float[Array, "*stack rows groups"]
-    zero: UInt8[Array, "*stack rows zero_bytes"] | None
+    codes: UInt8[Array, "*rows bytes"]
+    scale: Float[Array, "*steps groups"]
+    zero: UInt8[Array, "*steps zero_bytes"] | None
     spec: Affine = eqx.field(static=True)
     in_features: int = eqx.field(static=True)
     dtype: jnp.dtype = eqx.field(static=True)
@@ -82,13 +82,13 @@ class AffineArray(AbstractWeight):
         return (*self.codes.shape[:-1], self.in_features)
 
     @property
-    def zero_points(self) -> UInt8[Array, "*stack rows groups"] | None:
+    def zero_points(self) -> UInt8[Array, "*steps groups"] | None:
         """The zero points, one by one."""
         if self.zero is None:
             return None
         return unpack_codes(self.zero, self.spec.bits, self.scale.shape[-1])
 
-    def dense(self) -> Float[Array, "*stack out in"]:
+    def dense(self) -> Float[Array, "*rows in"]:
         packing = self.spec.packing(self.in_features)
         matrix = decode_codes(self.codes, self.scale, self.zero_points, packing)
         return matrix.astype(self.dtype)

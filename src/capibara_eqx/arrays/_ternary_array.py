@@ -35,8 +35,8 @@ class TernaryArray(AbstractWeight):
         ```
     """
 
-    codes: UInt8[Array, "*stack out bytes"]
-    scale: Float[Array, "*stack 1 1"]
+    codes: UInt8[Array, "*rows bytes"]
+    scale: Float[Array, "*ones 1"]
     spec: Ternary = eqx.field(static=True)
     in_features: int = eqx.field(static=True)
     dtype: jnp.dtype = eqx.field(static=True)
@@ -91,20 +91,20 @@ class TernaryArray(AbstractWeight):
         return (*self.codes.shape[:-1], self.in_features)
 
     @property
-    def ternary(self) -> Int8[Array, "*stack out in"]:
+    def ternary(self) -> Int8[Array, "*rows in"]:
         """-1, 0 and 1."""
         codes = unpack_codes(self.two_bits, _BITS, self.in_features)
         return codes.astype(jnp.int8) - _MIDDLE
 
     @property
-    def two_bits(self) -> UInt8[Array, "*stack out bytes"]:
+    def two_bits(self) -> UInt8[Array, "*rows bytes"]:
         """The codes as the kernel reads them."""
         if self.spec.packing == "2bit":
             return self.codes
         trits = unpack_trits(self.codes, self.in_features)
         return pack_codes(trits + (_MIDDLE - _LOWEST_TRIT), _BITS)
 
-    def dense(self) -> Float[Array, "*stack out in"]:
+    def dense(self) -> Float[Array, "*rows in"]:
         packing = Packing(_BITS, self.in_features)
         matrix = decode_codes(self.two_bits, self.scale, None, packing)
         return matrix.astype(self.dtype)

@@ -27,7 +27,7 @@ class AbstractWeight(eqx.Module):
         """Of the array that it stands for."""
 
     @abc.abstractmethod
-    def dense(self) -> Float[Array, "*stack out in"]:
+    def dense(self) -> Float[Array, "*rows in"]:
         """The array that it stands for, in its `dtype`."""
 
     @abc.abstractmethod

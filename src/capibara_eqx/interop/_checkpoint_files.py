@@ -16,11 +16,15 @@ INDEX = "model.safetensors.index.json"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor in a file: its shape, the format's name of its dtype, the open file."""
+    """A tensor in a file: its shape, the format's name of its dtype, the open file.
+
+    `source`: the name of the file, for messages.
+    """
 
     shape: tuple[int, ...]
     dtype: str
     file: Any
+    source: str
 
     def read(self, name: str) -> np.ndarray:
         return self.file.get_tensor(name)
@@ -121,7 +125,8 @@ def open_tensors(
     tensors = {}
     for name in file.keys():
         view = file.get_slice(name)
-        tensors[name] = StoredTensor(tuple(view.get_shape()), view.get_dtype(), file)
+        shape = tuple(view.get_shape())
+        tensors[name] = StoredTensor(shape, view.get_dtype(), file, path.name)
     return tensors
 
 

@@ -7,6 +7,7 @@ from ._config_entries import Entries
 from ._hf_llama import LLAMA_ARCHITECTURES
 from ._hf_mamba import MAMBA_ARCHITECTURES
 from ._structure import Structure
+from ._ternary_tensors import TernaryTensors, read_ternary
 
 
 # In the order in which one is chosen for a model.
@@ -16,26 +17,38 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
+# Whose linear maps transformers may have as BitNet's; others are not tested here.
+_TERNARY = ("BitNetForCausalLM", "LlamaForCausalLM")
+
+
 class Config(NamedTuple):
-    """A config.json as read; the structure is `None` if it has problems."""
+    """A config.json as read; the structure is `None` if it has problems.
+
+    `ternary`: how weights of -1, 0 and 1 are kept, if they are.
+    """
 
     architecture: str | None
     structure: Structure | None
     problems: list[str]
+    ternary: TernaryTensors | None = None
 
 
 def read_config(entries: Mapping[str, Any]) -> Config:
     """The structure that a config.json describes, or all that is wrong with it."""
     problems: list[str] = []
     config = Entries(entries, problems, "config.json")
-    if config.get("quantization_config") is not None:
-        config.refuse(
-            "`quantization_config`: the weights are quantized. Dequantize them with "
-            "transformers and save the model again"
-        )
     name = _architecture(config)
+    ternary = None
+    if config.get("quantization_config") is not None:
+        if name in _TERNARY:
+            ternary = read_ternary(config)
+        else:
+            config.refuse(
+                "`quantization_config`: the weights are quantized. Dequantize them "
+                "with transformers and save the model again"
+            )
     structure = None if name is None else ARCHITECTURES[name].read(config)
-    return Config(name, None if problems else structure, problems)
+    return Config(name, None if problems else structure, problems, ternary)
 
 
 def _architecture(config: Entries) -> str | None:

@@ -16,7 +16,9 @@ class Variant(NamedTuple):
 
     `bias`: on all four maps of attention if `attention_bias` says so, on queries, keys
     and values always, or never. `window`: none, one for all layers, or by
-    `layer_types`. `defaults`: what transformers takes for entries that are absent.
+    `layer_types`. `gate`: the `activation` of the feed-forward. `sub_norms`: of what
+    enters the last maps of attention and feed-forward. `defaults`: what transformers
+    takes for entries that are absent.
     """
 
     model_type: str
@@ -25,6 +27,8 @@ class Variant(NamedTuple):
     window: Literal["none", "all", "layers"] = "none"
     qk_norm: bool = False
     experts: bool = False
+    gate: str = "swiglu"
+    sub_norms: bool = False
     any_width: bool = True
     defaults: Mapping[str, Any] = {}
 
@@ -63,7 +67,20 @@ _VARIANTS: Mapping[str, Variant] = {
             "num_experts_per_tok": 2,
         },
     ),
+    "BitNetForCausalLM": Variant(
+        "bitnet",
+        gate="relu2glu",
+        sub_norms=True,
+        any_width=False,
+        defaults={
+            "num_key_value_heads": 5,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+        },
+    ),
 }
+# What transformers calls what is on the gate, the usual name first.
+_HIDDEN_ACTS = {"swiglu": ("silu", "swish"), "relu2glu": ("relu2",)}
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -79,11 +96,16 @@ def _read(kind: Variant, config: Entries) -> Structure:
         head_dim = default("head_dim", head_dim)
     bias = kind.bias == "optional" and config.flag("attention_bias", False)
     base, scaling = read_rope(config, default("rope_theta", 10000.0))
-    activation = config.get("hidden_act") or "silu"
-    if activation not in ("silu", "swish"):
+    activations = _HIDDEN_ACTS[kind.gate]
+    activation = config.get("hidden_act") or activations[0]
+    if activation not in activations:
         config.refuse(
             f"`hidden_act` {activation!r} is not supported: the feed-forward of these "
-            "models here is gated by 'silu'"
+            f"models here is gated by {activations[0]!r}"
+        )
+    if kind.sub_norms and config.flag("attention_bias", False):
+        config.refuse(
+            "`attention_bias` true is not supported: the maps of BitNet have no biases"
         )
     block = TransformerSpec(
         d_ff=config.size("intermediate_size"),
@@ -97,6 +119,8 @@ def _read(kind: Variant, config: Entries) -> Structure:
         out_bias=bias,
         mlp_bias=kind.mlp_bias and config.flag("mlp_bias", False),
         qk_norm=kind.qk_norm,
+        gate=kind.gate,
+        sub_norms=kind.sub_norms,
         dropout_p=config.number("attention_dropout", 0.0),
         num_experts=config.size("num_local_experts", default("num_local_experts"))
         if kind.experts
@@ -105,6 +129,11 @@ def _read(kind: Variant, config: Entries) -> Structure:
         if kind.experts
         else None,
     )
+    if kind.sub_norms and n_heads * block.head_dim != d_model:
+        config.refuse(
+            f"`head_dim` {block.head_dim} times {n_heads} heads must be `hidden_size` "
+            f"{d_model}, which the norm behind them has"
+        )
     windows = _windows(config, kind)
     return Structure(
         vocab_size=config.size("vocab_size"),
@@ -168,6 +197,15 @@ def _lacking(kind: Variant, structure: Structure) -> list[str]:
         "it has no experts": kind.experts and not experts,
         "it has `qk_norm`": block.qk_norm and not kind.qk_norm,
         "it has no `qk_norm`": kind.qk_norm and not block.qk_norm,
+        f"its feed-forward is gated by {block.gate!r}, not {kind.gate!r}": block.gate
+        != kind.gate,
+        "it has norms in front of `o_proj` and `down_proj`": block.sub_norms
+        and not kind.sub_norms,
+        "it has no norms in front of `o_proj` and `down_proj`": kind.sub_norms
+        and not block.sub_norms,
+        f"its {block.n_heads} heads of {block.head_dim} are not `d_model` "
+        f"{structure.d_model} wide": kind.sub_norms
+        and block.n_heads * block.head_dim != structure.d_model,
         "its feed-forward has biases": block.mlp_bias and not kind.mlp_bias,
         f"its attention has use_bias={biases[0]} and use_out_bias={biases[1]}, which "
         f"can be {' or '.join(map(str, possible))}": biases not in possible,
@@ -190,7 +228,7 @@ def _write(kind: Variant, structure: Structure) -> dict[str, Any]:
         "num_attention_heads": block.n_heads,
         "num_key_value_heads": block.n_kv_heads,
         "head_dim": block.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": _HIDDEN_ACTS[block.gate][0],
         "rms_norm_eps": float(structure.eps),
         "attention_dropout": float(block.dropout_p),
         **write_rope(block.rope_base, block.rope_scaling),

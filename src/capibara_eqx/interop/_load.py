@@ -16,6 +16,7 @@ from ._hf_config import ARCHITECTURES, read_config
 from ._hf_names import Names, tensor_names
 from ._problems import refuse, some
 from ._structure import Structure, abstract_model
+from ._ternary_tensors import PACKED, TernaryTensors, fake_ternary, scale_of
 
 
 # Names of safetensors.
@@ -40,9 +41,15 @@ def load_hf(
     The folder holds config.json and the weights as safetensors, in one file or in
     several with an index. Read are `LlamaForCausalLM`, `MistralForCausalLM`,
     `Qwen2ForCausalLM`, `Qwen3ForCausalLM` and `MixtralForCausalLM`, with rotary
-    positions that are plain, linear, llama3 or yarn, `MambaForCausalLM` and
-    `Mamba2ForCausalLM`. What would change the result and is not supported is an error.
-    Nothing is downloaded.
+    positions that are plain, linear, llama3 or yarn, `BitNetForCausalLM`,
+    `MambaForCausalLM` and `Mamba2ForCausalLM`. What would change the result and is not
+    supported is an error. Nothing is downloaded.
+
+    Ternary weights of BitNet, in its own architecture or in Llama's, become
+    `arrays.TernaryArray`s that round their inputs to eight bits; those that
+    transformers rounds anew at every use become `arrays.FakeQuantArray`s, which learn,
+    and which `transforms.convert` packs. `transforms.dequantize` makes floats of
+    either.
 
     The model computes what transformers computes for a whole text, but for rounding,
     and the same from a cache. Padding is a negative `segment_ids`, where transformers
@@ -67,7 +74,7 @@ def load_hf(
 
     - `ValueError`: one for all that is wrong: files that are missing or damaged, an
         unknown architecture, unsupported entries of config.json, tensors that are
-        missing, too many, or of other shapes.
+        missing, too many, or of other shapes, packed weights that are no weights.
     - `ImportError`: without the extra `interop`.
 
     !!! example
@@ -93,21 +100,26 @@ def load_hf(
         )
     with open_checkpoint(folder) as checkpoint:
         problems = list(checkpoint.problems)
-        model = names = None
+        model = names = ternary = None
         if checkpoint.config is not None:
             config = read_config(checkpoint.config)
             problems += config.problems
+            ternary = config.ternary
             if config.structure is not None and config.architecture is not None:
                 names = ARCHITECTURES[config.architecture].names
                 model = _abstract(
                     config.structure, problems, scan, remat, implementation, dtype
                 )
                 if model is not None and checkpoint.complete:
-                    problems += _mismatches(model, names, checkpoint, dtype)
+                    problems += _mismatches(
+                        model, names, checkpoint, config.ternary, dtype
+                    )
         refuse("load_hf", f"cannot read {folder}", problems)
         assert model is not None  # or there was a problem
         assert names is not None
-        return _fill(model, names, checkpoint, own_dtypes=dtype is None)
+        model = _fill(model, names, checkpoint, ternary, problems, dtype is None)
+        refuse("load_hf", f"cannot read {folder}", problems)
+        return model
 
 
 def _abstract(
@@ -134,23 +146,28 @@ def _abstract(
 
 
 def _mismatches(
-    model: LanguageModel, names: Names, checkpoint: Checkpoint, dtype
+    model: LanguageModel,
+    names: Names,
+    checkpoint: Checkpoint,
+    ternary: TernaryTensors | None,
+    dtype,
 ) -> list[str]:
     """How the tensors of a checkpoint differ from those that `model` needs."""
-    expected = {}
+    expected: dict[str, tuple[int, ...]] = {}
+    found, packed = checkpoint.tensors, set()
     problems, mixed = [], []
     for path, leaf in array_leaves(model).items():
         shape = leaf.shape
         parts = tensor_names(names, path, shape)
-        expected |= {name: shape[len(index) :] for index, name in parts.items()}
-        kinds = {
-            checkpoint.tensors[name].dtype
-            for name in parts.values()
-            if name in checkpoint.tensors
-        }
+        shapes = {name: shape[len(index) :] for index, name in parts.items()}
+        if ternary is not None and ternary.is_kept(path):
+            packed |= ternary.packed(shapes, found)
+            shapes = ternary.shapes(shapes, found)
+        expected |= shapes
+        of_dtype = shapes if ternary is None else ternary.of_dtype(path, shapes)
+        kinds = {found[name].dtype for name in of_dtype if name in found}
         if len(kinds) > 1 and dtype is None:
             mixed.append(f"{path} ({', '.join(sorted(kinds))})")
-    found = checkpoint.tensors
     missing = [name for name in expected if name not in found]
     extra = [
         name
@@ -177,7 +194,13 @@ def _mismatches(
         problems.append(
             f"one array here is several dtypes there: {some(mixed)}. Pass `dtype`"
         )
-    return problems + unsupported_dtypes(found, expected, dtype)
+    problems += [
+        f"{name} must be packed in bytes, of dtype {PACKED}, got {found[name].dtype}"
+        for name in packed
+        if name in found and found[name].dtype != PACKED
+    ]
+    floats = [name for name in expected if name not in packed]
+    return problems + unsupported_dtypes(found, floats, dtype)
 
 
 def _untied(table: str, head: str, found: dict[str, StoredTensor]) -> list[str]:
@@ -223,24 +246,48 @@ def _has_float64() -> bool:
 
 
 def _fill(
-    model: LanguageModel, names: Names, checkpoint: Checkpoint, *, own_dtypes: bool
+    model: LanguageModel,
+    names: Names,
+    checkpoint: Checkpoint,
+    ternary: TernaryTensors | None,
+    problems: list[str],
+    own_dtypes: bool,
 ) -> LanguageModel:
-    """The model with the tensors of the checkpoint, read one leaf after the other."""
+    """The model with the tensors of the checkpoint, read one leaf after the other.
+
+    What is wrong with their values goes to `problems`.
+    """
+    found = checkpoint.tensors
 
     def fill(path, leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf
         path = jax.tree_util.keystr(path, simple=True, separator=".")
         parts = tensor_names(names, path, leaf.shape)
-        stored = {index: checkpoint.tensors[name] for index, name in parts.items()}
-        first = DTYPES[next(iter(stored.values())).dtype]
-        kind = first if own_dtypes else leaf.dtype
-        if () in parts:
-            value = stored[()].read(parts[()])
-            return jnp.asarray(value.astype(kind, copy=False))
-        stacked = np.empty(leaf.shape, kind)
-        for index, name in parts.items():
-            stacked[index] = stored[index].read(name)
-        return jnp.asarray(stacked)
+        kept = ternary if ternary is not None and ternary.is_kept(path) else None
+        scaled = kept is not None and kept.scale is not None
+        first = next(iter(parts.values()))
+        stored = found[scale_of(first) if scaled else first].dtype
+        kind = DTYPES[stored] if own_dtypes else leaf.dtype
+        if kept is not None and scaled:
+            return kept.read(parts, found, leaf.shape, kind, problems)
+        value = _read(parts, found, leaf.shape, kind)
+        return value if kept is None else fake_ternary(value)
 
     return jax.tree_util.tree_map_with_path(fill, model)
+
+
+def _read(
+    parts: Mapping[tuple[int, ...], str],
+    found: dict[str, StoredTensor],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> jax.Array:
+    """One array, which may be several tensors."""
+    if () in parts:
+        value = found[parts[()]].read(parts[()])
+        return jnp.asarray(value.astype(dtype, copy=False))
+    stacked = np.empty(shape, dtype)
+    for index, name in parts.items():
+        stacked[index] = found[name].read(name)
+    return jnp.asarray(stacked)

@@ -46,8 +46,8 @@ def save_hf(
     - `architecture`: such as `"LlamaForCausalLM"`; if not given, the first that has
         all that the model has: `LlamaForCausalLM`, `MistralForCausalLM` (a window),
         `Qwen2ForCausalLM` (biases of queries, keys and values), `Qwen3ForCausalLM`
-        (`qk_norm`), `MixtralForCausalLM` (experts), `MambaForCausalLM`,
-        `Mamba2ForCausalLM`.
+        (`qk_norm`), `MixtralForCausalLM` (experts), `BitNetForCausalLM` (norms inside,
+        float weights), `MambaForCausalLM`, `Mamba2ForCausalLM`.
     - `config`: further entries of config.json, such as `eos_token_id` or
         `max_position_embeddings`. They may be a whole config.json, but must not
         contradict the model.
@@ -128,6 +128,11 @@ def _contradictions(
         ]
     if read.structure is None:
         return [f"`config`: {problem}" for problem in read.problems]
+    if read.ternary is not None:
+        return [
+            "`config` has a `quantization_config`, the weights are written as floats. "
+            "Leave the entry out"
+        ]
     own = structure.entries()
     return [
         f"`config` makes `{field}` {value}, the model has {own[field]}"

@@ -5,15 +5,32 @@ from typing import Any, ClassVar
 import equinox as eqx
 from jaxtyping import DTypeLike, PRNGKeyArray
 
-from ..layers import GLU, Attention, GatedRMSNorm, MoE, RMSNorm, RopeScaling, SwiGLU
+from ..layers import (
+    GLU,
+    Attention,
+    BitNet158,
+    GatedRMSNorm,
+    Linear,
+    MoE,
+    RMSNorm,
+    RopeScaling,
+    SwiGLU,
+)
 from ..models import TransformerBlock
 from ._hf_rope import without_ntk
 from ._structure import BlockSpec
 
 
+_GATES = ("swiglu", "relu2glu")
+
+
 @dataclass(frozen=True)
 class TransformerSpec(BlockSpec):
-    """A block of the Llama family; see `BlockSpec`."""
+    """A block of the Llama family; see `BlockSpec`.
+
+    `sub_norms`: whether the last maps of attention and feed-forward have a norm of
+    their own, as in `BitNet158`.
+    """
 
     d_ff: int
     n_heads: int
@@ -26,6 +43,8 @@ class TransformerSpec(BlockSpec):
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    gate: str
+    sub_norms: bool
     dropout_p: float
     num_experts: int | None
     top_k: int | None
@@ -36,7 +55,11 @@ class TransformerSpec(BlockSpec):
     @classmethod
     def problems(cls, block: Any) -> list[str]:
         """See `BlockSpec`."""
-        return [*_attention_problems(block.mixer), *_fed_problems(block.feed_forward)]
+        problems = [
+            *_attention_problems(block.mixer),
+            *_fed_problems(block.feed_forward),
+        ]
+        return problems or list(_map_problems(block))
 
     @classmethod
     def of(cls, block: Any) -> "TransformerSpec":
@@ -54,9 +77,11 @@ class TransformerSpec(BlockSpec):
             rope_base=base,
             rope_scaling=scaling,
             qkv_bias=any(linear.bias is not None for linear in maps),
-            out_bias=mixer.o_proj.bias is not None,
+            out_bias=getattr(mixer.o_proj, "bias", None) is not None,
             mlp_bias=not experts and feed_forward.gate_proj.bias is not None,
             qk_norm=mixer.q_norm is not None,
+            gate=_gate(feed_forward),
+            sub_norms=isinstance(mixer.o_proj, BitNet158),
             dropout_p=float(mixer.dropout.p),
             num_experts=feed_forward.num_experts if experts else None,
             top_k=feed_forward.top_k if experts else None,
@@ -67,6 +92,8 @@ class TransformerSpec(BlockSpec):
         """See `BlockSpec`."""
         mixer = block.mixer
         norms = [block.mixer_norm, block.feed_forward_norm, mixer.q_norm, mixer.k_norm]
+        if isinstance(mixer.o_proj, BitNet158):
+            norms += [mixer.o_proj.norm, block.feed_forward.down_proj.norm]
         return [norm for norm in norms if norm is not None]
 
     def build(
@@ -98,12 +125,51 @@ class TransformerSpec(BlockSpec):
             key=key,
         )
         if self.num_experts is None or self.top_k is None:
-            feed_forward = SwiGLU(d_model, self.d_ff, self.mlp_bias, dtype, key=key)
+            sizes = (d_model, self.d_ff)
+            if self.gate == "swiglu":
+                feed_forward = SwiGLU(*sizes, self.mlp_bias, dtype, key=key)
+            else:
+                feed_forward = GLU(*sizes, self.gate, self.mlp_bias, dtype, key=key)
         else:
             sizes = (self.num_experts, self.top_k, self.d_ff)
             feed_forward = MoE(d_model, *sizes, dtype=dtype, key=key)
         block = TransformerBlock(mixer, feed_forward, d_model, eps=eps, dtype=dtype)
+        if self.sub_norms:
+            inner = (self.n_heads * self.head_dim, self.d_ff)
+            block = eqx.tree_at(
+                _last_maps,
+                block,
+                [
+                    BitNet158(n, d_model, False, eps=eps, dtype=dtype, key=key)
+                    for n in inner
+                ],
+            )
         return eqx.nn.inference_mode(block) if self.dropout_p > 0 else block
+
+
+def _last_maps(block: Any) -> list[Any]:
+    return [block.mixer.o_proj, block.feed_forward.down_proj]
+
+
+def _gate(feed_forward: Any) -> str:
+    return getattr(feed_forward, "activation", "swiglu")
+
+
+def _map_problems(block: Any) -> Iterator[str]:
+    """Maps with parameters of their own, but for the norms of BitNet."""
+    mixer, fed = block.mixer, block.feed_forward
+    maps = {"q_proj": mixer.q_proj, "k_proj": mixer.k_proj, "v_proj": mixer.v_proj}
+    last = {"o_proj": mixer.o_proj}
+    if not isinstance(fed, MoE):
+        maps |= {"gate_proj": fed.gate_proj, "up_proj": fed.up_proj}
+        last["down_proj"] = fed.down_proj
+    kinds = {type(layer) for layer in last.values()}
+    # The norms are in both or in none.
+    if kinds != {BitNet158} or len(last) == 1:
+        maps |= last
+    for name, layer in maps.items():
+        if not isinstance(layer, Linear):
+            yield f"its `{name}` is {type(layer).__name__}, not Linear"
 
 
 def _attention_problems(mixer: Any) -> Iterator[str]:
@@ -122,8 +188,9 @@ def _fed_problems(feed_forward: Any) -> Iterator[str]:
     if type(feed_forward) not in (SwiGLU, GLU, MoE):
         yield f"the feed-forward is {type(feed_forward).__name__}, not SwiGLU or MoE"
         return
-    if getattr(feed_forward, "activation", "swiglu") != "swiglu":
-        yield f"`activation` {feed_forward.activation!r} of the feed-forward: 'swiglu'"
+    gate = _gate(feed_forward)
+    if gate not in _GATES[: 1 if isinstance(feed_forward, MoE) else None]:
+        yield f"`activation` {gate!r} of the feed-forward: 'swiglu'"
     if isinstance(feed_forward, MoE):
         yield from _expert_problems(feed_forward)
 

@@ -1,7 +1,10 @@
+from ._affine_quantizer import AffineQuantizer as AffineQuantizer
 from ._attention import Attention as Attention
 from ._attention_base import AbstractAttention as AbstractAttention
 from ._attention_mode import AttentionMode as AttentionMode
 from ._bidirectional import Bidirectional as Bidirectional
+from ._bitnet import BitNet158 as BitNet158
+from ._bitnet_quantizer import BitNetQuantizer as BitNetQuantizer
 from ._byte_embedding import ByteEmbedding as ByteEmbedding
 from ._causal_conv import causal_conv as causal_conv
 from ._compressed_conv import CompressedConv as CompressedConv
@@ -50,6 +53,7 @@ from ._norm import RMSNorm as RMSNorm
 from ._patch_embedding import PatchEmbedding as PatchEmbedding
 from ._positions import LearnedPositions as LearnedPositions
 from ._positions import sinusoidal_positions as sinusoidal_positions
+from ._quantize_to_158bit import quantize_to_158bit as quantize_to_158bit
 from ._rookie_predictor import RookiePredictor as RookiePredictor
 from ._rookie_predictor import ZeroPrediction as ZeroPrediction
 from ._rookies import MixtureOfRookies as MixtureOfRookies

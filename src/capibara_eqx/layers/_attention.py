@@ -8,6 +8,7 @@ from ..internal import check_positive, check_probability, check_size
 from ..kernels import check_implementation
 from ._attention_base import AbstractAttention, check_heads, split_heads
 from ._attention_mode import AttentionMode
+from ._bitnet import BitNet158
 from ._dropout import Dropout
 from ._linear import Linear
 from ._norm import RMSNorm
@@ -24,7 +25,8 @@ class Attention(AbstractAttention):
     1706.03762; Ainslie et al., *GQA: Training Generalized Multi-Query Transformer
     Models from Multi-Head Checkpoints*, arXiv 2305.13245. Positions are rotary (arXiv
     2104.09864) and count from a document's start. With `qk_norm` the queries and keys
-    of every head are normalised first (Dehghani et al., arXiv 2302.05442).
+    of every head are normalised first (Dehghani et al., arXiv 2302.05442). A
+    `BitNet158` in the place of `o_proj` brings the norm that BitNet has there.
 
     A cache holds `max_len` tokens and a runtime error is raised when it is full; with
     `window` it is a ring of so many tokens and never full. It has the dtype of the
@@ -43,7 +45,7 @@ class Attention(AbstractAttention):
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
-    o_proj: Linear
+    o_proj: Linear | BitNet158
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     dropout: Dropout

@@ -13,6 +13,7 @@ from ..internal import (
 )
 from ..kernels import attention
 from ._attention_mode import AttentionMode
+from ._bitnet import BitNet158
 from ._cache import check_cache
 from ._dropout import Dropout
 from ._kv_cache import KVCache, attend, new_kv_cache, place
@@ -37,7 +38,7 @@ class AbstractAttention(AbstractSequenceMixer):
         ```
     """
 
-    o_proj: eqx.AbstractVar[Linear]
+    o_proj: eqx.AbstractVar[Linear | BitNet158]
     dropout: eqx.AbstractVar[Dropout]
     d_model: eqx.AbstractVar[int]
     n_heads: eqx.AbstractVar[int]

@@ -93,7 +93,7 @@ class Conv1DBlock(AbstractSequenceMixer):
             convolution.
         - `dilation`: distance between taps, in tokens.
         - `norm`: `"rms"`, `"layer"` or `None`.
-        - `activation`: `"silu"`, `"gelu"`, `"relu"` or `None`.
+        - `activation`: `"silu"`, `"gelu"`, `"relu"`, `"relu2"` or `None`.
         - `residual`: whether the input is added to the result.
         - `use_bias`: whether the convolution adds a bias.
         - `implementation`: passed to `kernels.causal_conv`.

@@ -9,11 +9,12 @@ from ..internal import (
     check_last_axis,
     check_size,
 )
+from ._bitnet import BitNet158
 from ._linear import Linear
 
 
 # What each of them puts on its gate.
-GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu"}
+GATES = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "relu2glu": "relu2"}
 
 
 def check_gate(activation: str) -> None:
@@ -27,9 +28,10 @@ class GLU(eqx.Module):
     $$y = W_{down}\,(\sigma(W_{gate}\, x) \odot W_{up}\, x)$$
 
     with $\sigma$ the silu for `"swiglu"`, the exact gelu for `"geglu"`, the relu for
-    `"reglu"`. Shazeer, *GLU Variants Improve Transformer*, arXiv 2002.05202. A third
-    more parameters than an `MLP` of the same `d_ff`: two thirds of its width cost the
-    same.
+    `"reglu"`, its square for `"relu2glu"`. Shazeer, *GLU Variants Improve Transformer*,
+    arXiv 2002.05202; the last in Ma et al., *BitNet b1.58 2B4T Technical Report*, arXiv
+    2504.12285. A third more parameters than an `MLP` of the same `d_ff`: two thirds of
+    its width cost the same.
 
     !!! example
 
@@ -41,7 +43,7 @@ class GLU(eqx.Module):
 
     gate_proj: Linear
     up_proj: Linear
-    down_proj: Linear
+    down_proj: Linear | BitNet158
     d_model: int = eqx.field(static=True)
     d_ff: int = eqx.field(static=True)
     activation: str = eqx.field(static=True)
@@ -60,7 +62,7 @@ class GLU(eqx.Module):
 
         - `d_model`: width of input and output.
         - `d_ff`: width inside.
-        - `activation`: `"swiglu"`, `"geglu"` or `"reglu"`.
+        - `activation`: `"swiglu"`, `"geglu"`, `"reglu"` or `"relu2glu"`.
         - `use_bias`: whether the three maps have biases.
         - `dtype`: of the parameters; float32 if not given.
         - `key`: for the initial values, see `Linear`.
@@ -116,7 +118,7 @@ class SwiGLU(eqx.Module):
 
     gate_proj: Linear
     up_proj: Linear
-    down_proj: Linear
+    down_proj: Linear | BitNet158
     d_model: int = eqx.field(static=True)
     d_ff: int = eqx.field(static=True)
 

@@ -115,8 +115,8 @@ class Mamba(AbstractSequenceMixer):
         - `dt_init_floor`: no step size is smaller at initialisation.
         - `bias`: whether the input and output maps have biases.
         - `conv_bias`: whether the convolution has one.
-        - `activation`: after the convolution: `"silu"`, `"gelu"` or `"relu"`. The gate
-            is always silu.
+        - `activation`: after the convolution: `"silu"`, `"gelu"`, `"relu"` or
+            `"relu2"`. The gate is always silu.
         - `implementation`: passed to `kernels.selective_scan`.
         - `conv_implementation`: passed to `kernels.causal_conv`; if not given as
             `implementation`, or the default beside `"associative"`, which only the scan

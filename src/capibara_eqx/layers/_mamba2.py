@@ -123,8 +123,8 @@ class Mamba2(AbstractSequenceMixer):
         - `norm_eps`: added to the mean square.
         - `bias`: whether the input and output maps have biases.
         - `conv_bias`: whether the convolution has one.
-        - `activation`: after the convolution: `"silu"`, `"gelu"` or `"relu"`. The gate
-            is always silu.
+        - `activation`: after the convolution: `"silu"`, `"gelu"`, `"relu"` or
+            `"relu2"`. The gate is always silu.
         - `chunk_size`, `implementation`: passed to `kernels.ssd`, the latter also to
             `kernels.causal_conv`.
         - `dtype`: of the parameters; `A_log`, `D` and `dt_bias` are float32 or wider.

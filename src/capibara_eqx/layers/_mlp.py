@@ -54,7 +54,7 @@ class MLP(eqx.Module):
 
         - `d_model`: width of the input.
         - `d_ff`: width inside.
-        - `activation`: `"silu"`, `"gelu"` or `"relu"`.
+        - `activation`: `"silu"`, `"gelu"`, `"relu"` or `"relu2"`, its square.
         - `use_bias`: whether the two maps have biases.
         - `d_out`: width of the output; `d_model` if not given.
         - `dropout`: probability of dropping an element after the activation.

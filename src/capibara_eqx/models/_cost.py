@@ -13,6 +13,7 @@ from ..layers import (
     S4D,
     S5,
     AbstractAttention,
+    BitNet158,
     ByteEmbedding,
     Conv1DBlock,
     Dropout,
@@ -150,8 +151,9 @@ def _flops(layer: Any, max_len: int | None) -> int:
     )
 
 
-def _linear(layer: Linear) -> int:
-    return 2 * layer.in_features * layer.out_features
+def _linear(layer: Linear | BitNet158) -> int:
+    norm = _flops(layer.norm, None) if isinstance(layer, BitNet158) else 0
+    return 2 * layer.in_features * layer.out_features + norm
 
 
 def _conv(layer: Conv1DBlock) -> int:
@@ -223,8 +225,9 @@ def _rookies(layer: MixtureOfRookies) -> int:
 
 
 def _attention(layer: AbstractAttention, max_len: int | None) -> int:
-    leaves = jax.tree.leaves(layer, is_leaf=lambda node: isinstance(node, Linear))
-    maps = sum(_linear(leaf) for leaf in leaves if isinstance(leaf, Linear))
+    kinds = Linear | BitNet158
+    leaves = jax.tree.leaves(layer, is_leaf=lambda node: isinstance(node, kinds))
+    maps = sum(_linear(leaf) for leaf in leaves if isinstance(leaf, kinds))
     # Shapes of a cache tell how many tokens are seen, and refuse a missing `max_len`.
     cache = eqx.filter_eval_shape(layer.init_cache, max_len=max_len)
     (_, d), (_, v) = layer.cached_shapes
@@ -243,6 +246,7 @@ def _hybrid(layer: HybridSSM, max_len: int | None) -> int:
 
 _FORMULAS: dict[type, Callable[[Any], int]] = {
     Linear: _linear,
+    BitNet158: _linear,
     Embedding: lambda layer: 0,
     ByteEmbedding: lambda layer: 0,
     TokenEmbedding: lambda layer: 0,

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ..arrays import AbstractWeight, LoRAArray, is_weight
-from ..layers import CompressedConv, Embedding, Linear, LoRALinear, MoE
+from ..layers import BitNet158, CompressedConv, Embedding, Linear, LoRALinear, MoE
 
 
 # The matrices of layers that are known; nothing else of theirs is one, whatever its
@@ -22,6 +22,7 @@ _MATRICES: Mapping[type, tuple[str, ...]] = {
     eqx.nn.LSTMCell: ("weight_ih", "weight_hh"),
     eqx.nn.Conv: ("weight",),
     eqx.nn.ConvTranspose: ("weight",),
+    BitNet158: ("weight",),
     CompressedConv: ("matrix",),
     Linear: ("weight",),
     LoRALinear: ("weight",),

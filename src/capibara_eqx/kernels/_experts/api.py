@@ -70,7 +70,7 @@ def experts(
     - `down`: `(experts, d_model, d_ff)`.
     - `gate_bias`, `up_bias`: `(experts, d_ff)`.
     - `down_bias`: `(experts, d_model)`.
-    - `activation`: of the gate: `"silu"`, `"gelu"` or `"relu"`.
+    - `activation`: of the gate: `"silu"`, `"gelu"`, `"relu"` or `"relu2"`.
     - `capacity_factor`: places at the experts, as a multiple of what balanced routing
         takes; for `"capacity"` alone, which is then the default.
     - `implementation`: `"ragged"` (default: products of rows grouped by expert, the

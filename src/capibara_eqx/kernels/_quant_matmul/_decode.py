@@ -40,11 +40,11 @@ class Packing(NamedTuple):
 
 
 def decode_codes(
-    codes: UInt8[Array, "*stack out bytes"],
-    scale: Float[Array, "*stack rows groups"],
-    zero: UInt8[Array, "*stack rows groups"] | None,
+    codes: UInt8[Array, "*rows bytes"],
+    scale: Float[Array, "*steps groups"],
+    zero: UInt8[Array, "*steps groups"] | None,
     packing: Packing,
-) -> Float[Array, "*stack out in"]:
+) -> Float[Array, "*rows in"]:
     r"""The matrix that packed codes stand for, $\hat W = s\,(c - z)$.
 
     **Arguments:**
@@ -76,10 +76,10 @@ def decode_codes(
 
 
 def spread_groups(
-    of_groups: Float[Array, "*stack rows groups"],
+    of_groups: Float[Array, "*steps groups"],
     shape: tuple[int, ...],
     packing: Packing,
-) -> Float[Array, "*stack out in"]:
+) -> Float[Array, "*rows in"]:
     """The value of its group for every element of a matrix.
 
     !!! example
