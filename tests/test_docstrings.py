@@ -12,13 +12,13 @@ import optax
 import pytest
 from jaxtyping import Array, Float
 
-from capibara_eqx import kernels, layers, models
+from capibara_eqx import arrays, kernels, layers, models, transforms
 
 
 # By the module too: kernels and layers have a `causal_conv` each.
 PUBLIC = {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
-    for module in (kernels, layers, models)
+    for module in (arrays, kernels, layers, models, transforms)
     for name in dir(module)
     # No modules, and no unions of types.
     if not name.startswith("_") and callable(getattr(module, name))
@@ -44,6 +44,8 @@ RESULTS = (
     "ModelCache",
     "ModelOutput",
     "StateSpaceCache",
+    "SparseTrainingState",
+    "ZeroPrediction",
 )
 
 
@@ -60,6 +62,7 @@ def surroundings() -> dict[str, Any]:
     key = jax.random.key(0)
     u, delta, B, C = sequences(3, 3, 2, 2)
     x, a = sequences(64, 64)
+    tokens = jnp.zeros((2, 5), "int32")
     return {
         **{
             "jax": jax,
@@ -74,10 +77,41 @@ def surroundings() -> dict[str, Any]:
         **{"B": B, "B2": B, "C": C, "C2": C, "key": key},
         **{"x": x, "x2": x, "x_t": x[:, 0], "a": a, "a2": a},
         "weight": jnp.ones((64, 1, 4)),
-        "tokens": jnp.zeros((2, 5), "int32"),
+        "tokens": tokens,
         "mixer": layers.Mamba(64, key=key),
+        "linear": layers.Linear(64, 64, key=key),
+        "layer": layers.Linear(64, 64, key=key),
+        "batches": [tokens],
+        "forward": lambda model, x: model(x),
+        "loss": lambda model: jnp.mean(model(tokens) ** 2),
         "model": models.mamba_language_model(256, 64, 1, key=key),
     }
+
+
+def before(name: str) -> dict[str, Any]:
+    """What the examples of one name take as given besides."""
+    key = jax.random.key(0)
+    linear = layers.Linear(64, 64, key=key)
+    every = [transforms.Rule(".*weight", transforms.Affine(4))]
+    if name in ("AffineArray", "LoRAArray", "SparseArray"):
+        return {"x": jnp.ones(64)}
+    if name == "sparsify":
+        return {"x": jnp.ones((5, 64))}
+    if name == "convert":
+        return {"model": transforms.prepare_qat(linear, every)[0]}
+    adapters = [transforms.Rule(".*weight", transforms.LoRA(2))]
+    if name == "merge":
+        return {"model": transforms.lora(linear, adapters, key=key)[0]}
+    if name in ("lora", "attention_rules"):
+        return {"model": layers.Attention(64, 4, key=key)}
+    if name in ("calibrate", "Calibration", "Hessians"):
+        model = models.mamba_language_model(256, 64, 1, tie_embeddings=False, key=key)
+        return {"model": model}
+    if name == "sparse_masks":
+        rules = [transforms.Rule(".*weight", transforms.Unstructured(0.5))]
+        optimizer = transforms.rigl(optax.sgd(0.1), rules, t_end=10)
+        return {"state": optimizer.init(linear)}
+    return {}
 
 
 # Run as they stand, so that every operation is compiled by itself.
@@ -121,4 +155,5 @@ def test_the_example_runs(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for example in examples:
             shown = {name.partition(".")[2]: PUBLIC[name]}
-            exec(textwrap.dedent(example), surroundings() | shown)
+            known = surroundings() | before(name.partition(".")[2])
+            exec(textwrap.dedent(example), known | shown)

@@ -24,6 +24,8 @@ from support.small_layers import (
     bidirectional,
     hybrid,
     hybrid_of_convolutions,
+    lora_linear,
+    packed_bitnet,
     predictor,
     ultra,
 )
@@ -43,7 +45,6 @@ from capibara_eqx.layers import (
     Embedding,
     LayerNorm,
     Linear,
-    LoRALinear,
     Mamba,
     MixtureOfRookies,
     MoE,
@@ -75,10 +76,6 @@ def _stack(scan: bool, *, key) -> Stack:
     keys = jax.random.split(key, 2)
     blocks = [ResidualBlock(Mamba(3, 2, d_conv=2, key=k), 3) for k in keys]
     return Stack(blocks, scan=scan)
-
-
-def _packed_bitnet(*, key) -> BitNet158:
-    return BitNet158(5, 3, key=key).quantize()
 
 
 def _scanned_model(*, key) -> LanguageModel:
@@ -127,15 +124,7 @@ _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "a
 
 CASES = (
     Case("linear", partial(Linear, 5, 3), 5, 5, mixer=False),
-    Case(
-        "lora_linear",
-        partial(LoRALinear, 5, 3, 2, alpha=3, rs=True, dora=True),
-        width=5,
-        terms=10,
-        mixer=False,
-        # The map, the two of the adapter, and the lengths of rows.
-        roundings=4,
-    ),
+    Case("lora_linear", lora_linear, 5, 10, mixer=False, roundings=4),
     Case("bitnet158", partial(BitNet158, 5, 3), 5, 10, mixer=False),
     Case("bitnet_quantizer", lambda key: BitNetQuantizer(4), 5, 1, mixer=False),
     Case("rms_norm", lambda key: RMSNorm(5), 5, 5, mixer=False),
@@ -268,7 +257,7 @@ CASES = (
         slow=True,
     ),
     Case("bitnet_affine", partial(BitNet158, 5, 3, True, 4), 5, 10, False, slow=True),
-    Case("bitnet_packed", _packed_bitnet, 5, 10, mixer=False, slow=True),
+    Case("bitnet_packed", packed_bitnet, 5, 10, mixer=False, slow=True),
     Case("model_hybrid", _hybrid_model, **_MODEL, slow=True),
     Case("hybrid_mamba_attention", hybrid, 4, 60, slow=True),
     Case("ultra_mamba", partial(ultra, "mamba"), 3, 60, padding="input", slow=True),

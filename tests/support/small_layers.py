@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from capibara_eqx.layers import (
     Attention,
     Bidirectional,
+    BitNet158,
     Conv1DBlock,
     HybridSSM,
     Linear,
+    LoRALinear,
     Mamba,
     RookiePredictor,
     UltraSSM,
@@ -65,3 +67,12 @@ def predictor(*, key) -> RookiePredictor:
     directions = jax.random.normal(key, (3, 5))[jnp.arange(9) % 3]
     linear = eqx.tree_at(lambda m: m.weight, linear, linear.weight + directions)
     return RookiePredictor(linear, jax.random.normal(samples_key, (40, 5)))
+
+
+def packed_bitnet(*, key) -> BitNet158:
+    return BitNet158(5, 3, key=key).quantize()
+
+
+def lora_linear(*, key) -> LoRALinear:
+    """What is rounded: the map, the two of the adapter, and the lengths of rows."""
+    return LoRALinear(5, 3, 2, alpha=3, rs=True, dora=True, key=key)

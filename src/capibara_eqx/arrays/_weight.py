@@ -17,6 +17,13 @@ class AbstractWeight(eqx.Module):
     the array it stands for. With layer or expert axes in front its parts carry them
     too, so that `vmap` and `scan` slice it as they slice an array. Functions of
     `jax.lax` do not take it: give them `dense()`.
+
+    !!! example
+
+        ```python
+        weight: AbstractWeight = AffineArray.compress(jnp.ones((3, 5)), Affine(4))
+        weight @ jnp.ones(5)                           # (3,)
+        ```
     """
 
     dtype: eqx.AbstractVar[jnp.dtype]

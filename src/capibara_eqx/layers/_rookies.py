@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, DTypeLike, Float, PRNGKeyArray
 
+from ..arrays import as_array
 from ..internal import (
     accumulate,
     check_activation,
@@ -209,9 +210,9 @@ class MixtureOfRookies(eqx.Module):
             x,
             routing.indices,
             routing.weights,
-            self.up,
+            as_array(self.up),
             None,
-            self.down,
+            as_array(self.down),
             activation=self.activation,
             implementation=implementation,
         )

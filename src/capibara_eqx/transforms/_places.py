@@ -10,7 +10,15 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ..arrays import AbstractWeight, LoRAArray, is_weight
-from ..layers import BitNet158, CompressedConv, Embedding, Linear, LoRALinear, MoE
+from ..layers import (
+    BitNet158,
+    CompressedConv,
+    Embedding,
+    Linear,
+    LoRALinear,
+    MixtureOfRookies,
+    MoE,
+)
 
 
 # The matrices of layers that are known; nothing else of theirs is one, whatever its
@@ -28,6 +36,7 @@ _MATRICES: Mapping[type, tuple[str, ...]] = {
     LoRALinear: ("weight",),
     Embedding: ("weight",),
     MoE: ("gate", "up", "down"),
+    MixtureOfRookies: ("up", "down"),
 }
 _KNOWN = ("equinox", "capibara_eqx")
 
