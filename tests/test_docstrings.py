@@ -12,7 +12,7 @@ import optax
 import pytest
 from jaxtyping import Array, Float
 
-from capibara_eqx import kernels, layers, models
+from capibara_eqx import arrays, kernels, layers, models
 
 
 # By the module too: kernels and layers have a `causal_conv` each.
@@ -73,6 +73,7 @@ def surroundings() -> dict[str, Any]:
         **{"u": u, "u2": u, "delta": delta, "delta2": delta, "A": -jnp.ones((3, 2))},
         **{"B": B, "B2": B, "C": C, "C2": C, "key": key},
         **{"x": x, "x2": x, "x_t": x[:, 0], "a": a, "a2": a},
+        **{"Affine": arrays.Affine, "compress": arrays.compress},
         "weight": jnp.ones((64, 1, 4)),
         "tokens": jnp.zeros((2, 5), "int32"),
         "mixer": layers.Mamba(64, key=key),
