@@ -113,6 +113,7 @@ def test_another_dtype(node, dtype):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("fake", [False, True], ids=["packed", "fake"])
+@pytest.mark.slow
 def test_a_stack_answers_by_vmap_and_scan(name, fake):
     stack = jnp.asarray(weight_of(5, (2, OUT, IN), power=0))
     node = (

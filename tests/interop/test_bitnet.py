@@ -111,6 +111,7 @@ def test_plain_weights_of_any_size(tmp_path):
     np.testing.assert_array_equal(node.scale[0], want)
 
 
+@pytest.mark.slow
 def test_weights_that_still_learn(tmp_path):
     written = write(tmp_path, "online")
     model = loaded(tmp_path, scan=True)

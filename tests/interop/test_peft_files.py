@@ -68,6 +68,7 @@ def test_a_round_trip(scan, tmp_path):
     assert config["base_model_name_or_path"] == "some/model"
 
 
+@pytest.mark.slow
 def test_adapters_over_codes_in_bfloat16(tmp_path):
     plain, _ = quantize(model(), [Rule("stack/.*q_proj/weight", Affine(4))])
     rule = Rule(".*/0/.*q_proj/weight", LoRA(2, dtype=jnp.bfloat16))

@@ -63,6 +63,7 @@ def test_values(spec):
 
 
 @pytest.mark.parametrize("tokens", range(1, 14))
+@pytest.mark.slow
 def test_every_number_of_tokens(tokens):
     spec = EDGES[4]._replace(tokens=tokens)
     check(spec, *rounded_already(spec))

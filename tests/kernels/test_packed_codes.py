@@ -62,6 +62,7 @@ def test_every_size_comes_back_in_the_documented_layout(bits):
 
 @settings(max_examples=50)
 @given(st.sampled_from([*range(1, 9), None]), shapes, sizes, seeds)
+@pytest.mark.slow
 def test_codes_of_any_shape_come_back(bits, shape, size, seed):
     count = 3 if bits is None else 2**bits
     codes = codes_of(seed, (*shape, size), count)

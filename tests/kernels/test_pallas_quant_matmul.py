@@ -68,6 +68,7 @@ def test_values(spec, implementation):
 
 @each_run
 @pytest.mark.parametrize("spec", LARGE, ids=lambda spec: spec.name)
+@pytest.mark.slow
 def test_blocks_put_together(spec, implementation):
     if (spec.name, implementation) == ("odd_groups", "pallas_gpu"):
         # Its rows are longer than a chunk, and no chunk is of whole groups.
@@ -119,6 +120,7 @@ def test_bits_behind_the_last_code_may_hold_anything(implementation):
 
 
 @each_run
+@pytest.mark.slow
 def test_gradients(implementation):
     spec = BY_NAME["int4_groups_int8"]
     smooth, fixed = arguments(spec)
@@ -241,6 +243,7 @@ def test_a_kernel_does_not_run_on_another_platform(implementation):
 @each_lowered
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("spec", BENCHMARK_SPECS, ids=lambda spec: spec.name)
+@pytest.mark.slow
 def test_a_product_lowers_without_the_matrix(spec, dtype, implementation):
     text = lowered(spec, implementation, dtype)
     assert text.count(CALLS[implementation]) == 1
@@ -251,6 +254,7 @@ def test_a_product_lowers_without_the_matrix(spec, dtype, implementation):
 
 @each_lowered
 @pytest.mark.parametrize("spec", [BY_NAME["int8_zero_int8"], *LARGE[4:8]], ids=str)
+@pytest.mark.slow
 def test_odd_sizes_lower(spec, implementation):
     assert lowered(spec, implementation).count(CALLS[implementation]) == 1
 

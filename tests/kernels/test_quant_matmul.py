@@ -55,6 +55,7 @@ def test_values(spec, implementation):
 @each
 @pytest.mark.parametrize("activations", [None, "int8"])
 @pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.slow
 def test_every_number_of_bits(bits, activations, implementation):
     spec = Spec("bits", 2, 11, 3, bits, 4, zero=True, activations=activations)
     smooth, fixed = arguments(spec)
@@ -88,6 +89,7 @@ def test_one_row_of_scales_serves_all_rows(name, implementation):
 
 @each
 @each_spec
+@pytest.mark.slow
 def test_float64_stays_float64(spec, implementation):
     smooth, fixed = arguments(spec)
     with enable_x64(True):
@@ -99,6 +101,7 @@ def test_float64_stays_float64(spec, implementation):
 
 @each
 @pytest.mark.parametrize("name", ["ternary", "int4_groups_zero_int8"])
+@pytest.mark.slow
 def test_bfloat16_is_computed_in_float32_and_rounded_once(name, implementation):
     spec = BY_NAME[name]._replace(in_features=300, group_size=None)
     smooth, fixed = arguments(spec)

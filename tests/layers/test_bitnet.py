@@ -133,6 +133,7 @@ def test_a_float_layer_is_a_map_behind_a_norm():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.slow
 def test_more_bits(bits):
     layer, x = layer_of(quantization_bits=bits), random((4, IN))
     rows = [oracle.affine_row(row, bits, True, bits > 4) for row in master(layer)]

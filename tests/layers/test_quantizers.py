@@ -112,6 +112,7 @@ def nearest(weights, node, spec):
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(3, True), (8, True), (4, False)])
 @given(weights=WEIGHTS)
+@pytest.mark.slow
 def test_arrays_of_any_axes(bits, symmetric, weights):
     quantizer = AffineQuantizer(bits, symmetric)
     node, back = there_and_back(quantizer, jnp.asarray(weights))
@@ -122,6 +123,7 @@ def test_arrays_of_any_axes(bits, symmetric, weights):
     np.testing.assert_array_equal(node.dense(), back)
 
 
+@pytest.mark.slow
 def test_a_vector_is_a_row():
     vector = random((11,))
     for quantizer in (

@@ -76,6 +76,7 @@ def expected(layer, x):
 
 @given(seed=seeds, min_correlation=st.sampled_from([0.0, 0.6, 0.8]), max_angle=angles)
 @settings(max_examples=50)
+@pytest.mark.slow
 def test_the_fit_is_that_of_the_loops(seed, min_correlation, max_angle):
     layer, samples = make(seed, max_angle, min_correlation)
     linear = layer.linear

@@ -299,6 +299,7 @@ def test_derivatives_of_output_and_losses(check, name):
 
 
 @pytest.mark.parametrize("name", ["softmax", "heads"])
+@pytest.mark.slow
 def test_vmap_gives_every_row_its_own_routing(name):
     layer, x = make(**OPTIONS[name]), random((3, 5, 3))
     y, routing = jax.jit(jax.vmap(layer))(x)

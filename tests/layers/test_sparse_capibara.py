@@ -123,6 +123,7 @@ def trained(layer, optimizer, x, target):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.slow
 def test_sparsity_is_exact_after_training_too(dynamic):
     layer = layer_of(dynamic, layers=1)
     x, target = random((4, 5, 8)), random((4, 5, 8), 1)

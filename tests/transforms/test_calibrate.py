@@ -83,6 +83,7 @@ def test_the_range_of_least_error_is_nearly_the_best(outlier):
     assert error(float(found.ranges["weight"])) <= 1.1 * best
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_and_experts_have_ranges_of_their_own():
     make = lambda key: filled(MLP, 4, 6, d_out=4, seed=int(key), size=0.5)
     stack = jax.tree.map(

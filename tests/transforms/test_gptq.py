@@ -209,6 +209,7 @@ def test_every_column_is_the_best_after_those_before(seed, spec, damping):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.slow
 def test_each_matrix_of_a_stack_is_by_itself(spec):
     problems = [oracle.problem(seed, 4, 9) for seed in range(6)]
     weight, hessian = (np.stack(parts) for parts in zip(*problems, strict=True))
@@ -281,6 +282,7 @@ def test_a_weight_without_a_hessian_is_named():
     assert str(found).count("ROUNDED TO NEAREST") == 1
 
 
+@pytest.mark.slow
 def test_four_bits_lose_less_than_rounding_to_nearest():
     """Not always, so on average: over correlated inputs, by half and more."""
     losses = {"gptq": [], "nearest": []}

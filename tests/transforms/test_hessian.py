@@ -128,6 +128,7 @@ def rms(x, norm):
     return x / size * wide(norm.weight)
 
 
+@pytest.mark.slow
 def test_of_experts_only_the_tokens_that_chose_them():
     layer = filled(MoE, 3, 4, 2, 5, use_bias=True, seed=4, size=0.8)
     x = random((2, 6, 3))

@@ -111,6 +111,7 @@ def test_training_computes_what_the_converted_model_does(name, spec):
 
 
 @models
+@pytest.mark.slow
 def test_gradients_of_training_reach_every_parameter(name):
     """Those of the same model with the rounded weights as plain arrays."""
     fake, _ = prepare_qat(model_of(name), rules(Affine(8)))
@@ -136,6 +137,7 @@ def test_second_derivatives_in_training(name):
 @pytest.mark.parametrize(
     "name", ["mlp", "gru", *map(slow, ["attention", "conv1d", "our linear"])]
 )
+@pytest.mark.slow
 def test_an_ensemble_before_or_after(name):
     """Quantized before or after stacking: the same codes, under vmap and scan."""
     make, call = MODELS[name][:2]
@@ -192,6 +194,7 @@ def test_checkpoint_and_jit_change_nothing(name):
 @pytest.mark.parametrize(
     "spec", [Affine(3, symmetric=False), slow(Ternary(packing="base3"))], ids=str
 )
+@pytest.mark.slow
 def test_a_file_holds_the_bytes_of_the_report(name, spec):
     """`tree_serialise_leaves` writes a header of 128 bytes for each array."""
     small, found = quantize(model_of(name), rules(spec))
@@ -277,6 +280,7 @@ def test_bare_arrays_and_containers():
 
 @pytest.mark.parametrize("name", ["mlp", "conv1d", "our embedding", "experts"])
 @pytest.mark.parametrize("spec", [Ternary(), GRID], ids=str)
+@pytest.mark.slow
 def test_bfloat16_models(name, spec):
     model = jax.tree.map(
         lambda leaf: leaf.astype("bfloat16") if eqx.is_inexact_array(leaf) else leaf,

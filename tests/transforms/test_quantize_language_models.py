@@ -60,6 +60,7 @@ def call() -> Any:
 
 @cases
 @specs
+@pytest.mark.slow
 def test_a_list_and_a_stack_of_layers_are_one_model(name, spec):
     """The codes of a layer do not depend on what it is stacked with."""
     listed, stacked = [small_of(name, scan, spec) for scan in (False, True)]
@@ -114,6 +115,7 @@ def test_streaming_is_the_call(name, scan, spec):
 
 @cases
 @scans
+@pytest.mark.slow
 def test_training_and_conversion(name, scan):
     """The loss falls in a few steps, and the converted model computes the same."""
     rules = [Rule(".*weight", Affine(4, group_size=3, learned_step=True))]
@@ -142,6 +144,7 @@ def test_training_and_conversion(name, scan):
     )
 
 
+@pytest.mark.slow
 def test_a_compressed_model_over_several_devices():
     if len(jax.devices()) < 4:
         pytest.skip("needs four devices")

@@ -51,6 +51,7 @@ def test_bits_and_bytes_of_the_formula():
 
 
 @pytest.mark.parametrize("name", SPECS)
+@pytest.mark.slow
 def test_errors_and_density(name):
     before = model()
     small, found = quantize(before, [Rule("[ab]", SPECS[name])])

@@ -41,6 +41,7 @@ def random(shape, seed=0):
     coarse=st.booleans(),
     seed=seeds,
 )
+@pytest.mark.slow
 def test_a_share_of_each_matrix_stays(shape, density, coarse, seed):
     weight = random(shape, seed)
     weight = jnp.asarray(np.round(weight)) if coarse else weight
