@@ -91,7 +91,7 @@ def surroundings() -> dict[str, Any]:
 def before(name: str) -> dict[str, Any]:
     """What the examples of one name take as given besides."""
     key = jax.random.key(0)
-    linear = layers.Linear(64, 64, key=key)
+    linear: Any = layers.Linear(64, 64, key=key)
     every = [transforms.Rule(".*weight", transforms.Affine(4))]
     if name in ("AffineArray", "LoRAArray", "SparseArray"):
         return {"x": jnp.ones(64)}
