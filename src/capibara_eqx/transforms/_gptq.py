@@ -16,7 +16,13 @@ from ..kernels import spread_groups
 from ._gptq_core import MOST_DAMPING, Rounded, Settings, round_columns
 from ._hessian import Hessians
 from ._places import Place, as_matrix
-from ._quantize import _check_spec, _compress, _same, _transform, require_finite
+from ._quantize import (
+    check_spec,
+    compressed_form,
+    require_finite,
+    same_form,
+    transform_weights,
+)
 from ._report import Report
 from ._rules import Rule
 
@@ -98,18 +104,18 @@ def gptq(
     def make(function: str, place: Place, spec: Any) -> AbstractWeight:
         _check(function, place, spec)
         if isinstance(place.value, AbstractWeight):
-            return _same(function, place, spec, (AffineArray, TernaryArray))
+            return same_form(function, place, spec, (AffineArray, TernaryArray))
         weight = as_matrix(require_finite(function, place), place)
         hessian = stats.matrices.get(place.path)
         if hessian is None:
             fallback = jnp.ones(weight.shape[:-2], jnp.bool_)
             details[place.path] = {"fallback": fallback}
-            return _compress(weight, spec)
+            return compressed_form(weight, spec)
         _check_hessian(function, place, hessian)
         node, details[place.path] = _solved(weight, hessian, spec, settings)
         return node
 
-    model, found = _transform("gptq", model, rules, make)
+    model, found = transform_weights("gptq", model, rules, make)
     _check_used(stats, details)
     entries = tuple(
         dataclasses.replace(entry, details=details.get(entry.path, entry.details))
@@ -182,7 +188,7 @@ def _settings(block_size, act_order, static_groups, damping) -> Settings:
 
 
 def _check(function: str, place: Place, spec: Any) -> None:
-    _check_spec(function, spec)
+    check_spec(function, spec)
     if isinstance(spec, NM):
         raise ValueError(
             f"{function}: rounds to codes, an Affine or a Ternary; the rule for "

@@ -23,7 +23,7 @@ from ._rules import Rule, choose
 
 
 _COMPRESSED = (AffineArray, TernaryArray, SparseArray)
-_compress = eqx.filter_jit(compress)
+compressed_form = eqx.filter_jit(compress)
 
 
 def quantize(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
@@ -62,7 +62,7 @@ def quantize(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
         print(found)
         ```
     """
-    return _transform("quantize", model, rules, _packed)
+    return transform_weights("quantize", model, rules, _packed)
 
 
 def prepare_qat(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
@@ -91,7 +91,7 @@ def prepare_qat(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
         small = convert(model)
         ```
     """
-    return _transform("prepare_qat", model, rules, _faked)
+    return transform_weights("prepare_qat", model, rules, _faked)
 
 
 def convert(model: PyTree) -> PyTree:
@@ -125,7 +125,7 @@ def convert(model: PyTree) -> PyTree:
             "model as it is, use `quantize`."
         )
     new = {
-        place.keys: _compress(require_finite("convert", place), place.value.spec)
+        place.keys: compressed_form(require_finite("convert", place), place.value.spec)
         for place in fakes
     }
     return replace(model, new)
@@ -162,7 +162,7 @@ def dequantize(model: PyTree) -> PyTree:
     return replace(model, new)
 
 
-def _transform(
+def transform_weights(
     function: str,
     model: PyTree,
     rules: Sequence[Rule],
@@ -193,29 +193,29 @@ def _transform(
 
 
 def _packed(function: str, place: Place, spec: Spec) -> AbstractWeight:
-    _check_spec(function, spec)
+    check_spec(function, spec)
     if isinstance(place.value, AbstractWeight):
-        return _same(function, place, spec, _COMPRESSED)
+        return same_form(function, place, spec, _COMPRESSED)
     return _named(
         function,
         place,
-        _compress,
+        compressed_form,
         as_matrix(require_finite(function, place), place),
         spec,
     )
 
 
 def _faked(function: str, place: Place, spec: Spec) -> AbstractWeight:
-    _check_spec(function, spec)
+    check_spec(function, spec)
     if isinstance(place.value, AbstractWeight):
-        return _same(function, place, spec, (FakeQuantArray,))
+        return same_form(function, place, spec, (FakeQuantArray,))
     weight = as_matrix(require_finite(function, place), place)
     # What cannot be compressed should fail here, not after the training.
     _named(function, place, lambda: eqx.filter_eval_shape(compress, weight, spec))
     return FakeQuantArray.of(weight, spec)
 
 
-def _same(function, place, spec, kinds) -> AbstractWeight:
+def same_form(function, place, spec, kinds) -> AbstractWeight:
     node = place.value
     if isinstance(node, kinds) and node.spec == spec:
         return node
@@ -244,7 +244,7 @@ def _difference(old: Any, new: Any) -> str:
     return f" with {', '.join(changes)}" if changes else ""
 
 
-def _check_spec(function: str, spec: Any) -> None:
+def check_spec(function: str, spec: Any) -> None:
     if not isinstance(spec, Spec):
         called = f" Call it: {spec.__name__}()." if isinstance(spec, type) else ""
         raise ValueError(
