@@ -30,6 +30,9 @@ from capibara_eqx.kernels._quant_matmul.pallas_tpu import _spans
 from capibara_eqx.kernels._quant_matmul.specs import BENCHMARK_SPECS, TEST_SPECS, Spec
 
 
+pytestmark = pytest.mark.slow
+
+
 # Bits that fill bytes.
 SERVED = [spec for spec in TEST_SPECS if 8 % spec.bits == 0]
 BY_NAME = {spec.name: spec for spec in SERVED}

@@ -23,6 +23,9 @@ from capibara_eqx.layers import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 # Values whose float32 sums and products are near enough to those of float64.
 SIZES = st.floats(-1e3, 1e3, width=32).filter(lambda x: x == 0 or abs(x) > 1e-3)
 # Few shapes: each of them is compiled.

@@ -124,9 +124,9 @@ _MODEL: dict[str, Any] = {"width": 3, "terms": 50, "tokens": True, "padding": "a
 
 CASES = (
     Case("linear", partial(Linear, 5, 3), 5, 5, mixer=False),
-    Case("lora_linear", lora_linear, 5, 10, mixer=False, roundings=4),
+    Case("lora_linear", lora_linear, 5, 10, False, roundings=4, slow=True),
     Case("bitnet158", partial(BitNet158, 5, 3), 5, 10, mixer=False),
-    Case("bitnet_quantizer", lambda key: BitNetQuantizer(4), 5, 1, mixer=False),
+    Case("bitnet_quantizer", lambda key: BitNetQuantizer(4), 5, 1, False, slow=True),
     Case("rms_norm", lambda key: RMSNorm(5), 5, 5, mixer=False),
     Case("layer_norm", lambda key: LayerNorm(5), 5, 5, mixer=False),
     Case("embedding", partial(Embedding, VOCAB, 3), 3, 1, mixer=False, tokens=True),
@@ -151,7 +151,12 @@ CASES = (
     Case("mlp", partial(MLP, 5, 7, d_out=3), 5, 12, mixer=False),
     Case("moe", partial(MoE, 5, 4, 2, 3, shared_d_ff=2), 5, 20, mixer=False),
     Case("rookies", partial(MixtureOfRookies, 5, 4, 3), 5, 20, mixer=False),
-    Case("rookies_of_keys", partial(MixtureOfRookies, 5, **_PEER), 5, 20, mixer=False),
+    Case(
+        "rookies_of_keys",
+        partial(MixtureOfRookies, 5, **_PEER),
+        *(5, 20, False),
+        slow=True,
+    ),
     Case(
         "rookie_predictor",
         predictor,
@@ -159,6 +164,7 @@ CASES = (
         terms=5,
         mixer=False,
         fitted=(".slope", ".intercept"),
+        slow=True,
     ),
     Case("dropout_at_inference", lambda key: Dropout(0.5, True), 5, 1, mixer=False),
     Case(

@@ -15,6 +15,9 @@ from capibara_eqx.transforms import calibrate
 from capibara_eqx.transforms._tally import bins, upper_edges
 
 
+pytestmark = pytest.mark.slow
+
+
 WIDTH = 1 / 128  # of a bin, relative
 
 

@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.lora_oracle import adapter_of, whole
@@ -14,6 +15,9 @@ from support.tolerances import as_wide, assert_close
 from capibara_eqx.arrays import Affine, LoRA, LoRAArray, Ternary, as_array, compress
 from capibara_eqx.layers import Linear
 from capibara_eqx.transforms import Rule, lora, merge, prepare_qat, report, unmerge
+
+
+pytestmark = pytest.mark.slow
 
 
 KEY = jax.random.key(0)

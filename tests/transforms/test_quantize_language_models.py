@@ -25,6 +25,9 @@ from capibara_eqx.transforms import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 VOCAB, D, SEQ = 11, 4, 6
 MAKE = {
     "mamba": functools.partial(mamba_language_model, VOCAB, D, 2, d_state=2),

@@ -33,6 +33,9 @@ from capibara_eqx.transforms import (
 )
 
 
+pytestmark = pytest.mark.slow
+
+
 RULES = [Rule(r".*up.*weight", NM(2, 4)), Rule(r".*weight", Unstructured(0.25))]
 KEPT = {"up_proj/weight": 6 * 8 // 2, "down_proj/weight": 8 * 6 // 4}
 TIMES = {"alpha": 0.6, "delta_t": 2, "t_end": 9}
