@@ -168,6 +168,10 @@ def transform_weights(
     rules: Sequence[Rule],
     make: Callable[[str, Place, Spec], AbstractWeight],
 ) -> tuple[PyTree, Report]:
+    """The model with what `make` gives for every weight that a rule chooses.
+
+    `make(function, place, spec)` returns what stands at the place already to leave it.
+    """
     found = places(model)
     weights = [place for place in found if place.is_matrix]
     others = [place.path for place in found if not place.is_matrix]
@@ -216,6 +220,7 @@ def _faked(function: str, place: Place, spec: Spec) -> AbstractWeight:
 
 
 def same_form(function, place, spec, kinds) -> AbstractWeight:
+    """The node that stands there, if it has the form; otherwise a `ValueError`."""
     node = place.value
     if isinstance(node, kinds) and node.spec == spec:
         return node
@@ -245,6 +250,7 @@ def _difference(old: Any, new: Any) -> str:
 
 
 def check_spec(function: str, spec: Any) -> None:
+    """Raise `ValueError` unless `spec` is a form that weights can be kept in."""
     if not isinstance(spec, Spec):
         called = f" Call it: {spec.__name__}()." if isinstance(spec, type) else ""
         raise ValueError(
@@ -254,6 +260,7 @@ def check_spec(function: str, spec: Any) -> None:
 
 
 def require_finite(function: str, place: Place) -> Any:
+    """The weight there, checked: at once, or at run time under `jit`."""
     value = place.value
     weight = value.weight if isinstance(value, FakeQuantArray) else value
     finite = jnp.all(jnp.isfinite(weight))

@@ -166,6 +166,7 @@ def scheme(node: AbstractWeight) -> str:
 
 @eqx.filter_jit
 def quality(node, weight):
+    """Density of a node, and its SQNR against the weight it was made of, if given."""
     dense = accumulate(as_array(node))
     density = jnp.mean((dense != 0).astype(dense.dtype))
     if weight is None:

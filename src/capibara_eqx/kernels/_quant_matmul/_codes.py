@@ -130,8 +130,8 @@ def packed_trits_size(size: int) -> int:
 def pack_trits(trits: UInt8[Array, "*batch size"]) -> UInt8[Array, "..."]:
     r"""Codes 0, 1 and 2, five a byte: 1.6 bits each.
 
-    Byte $j$ is $\sum_{i<5} 3^i t_{5j+i}$. Reading them back divides, which takes three
-    to four times as long as `unpack_codes` of two bits: made for files.
+    Byte $j$ is $\sum_{i<5} 3^i t_{5j+i}$. Reading them back divides, where
+    `unpack_codes` of two bits shifts: made for files.
 
     **Arguments:**
 
