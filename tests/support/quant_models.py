@@ -11,7 +11,7 @@ from support.quant_cases import random, wide
 from support.tolerances import assert_close
 
 from capibara_eqx.arrays import AbstractWeight
-from capibara_eqx.layers import GLU, Embedding, Linear, MoE
+from capibara_eqx.layers import GLU, Embedding, Linear, MixtureOfRookies, MoE
 from capibara_eqx.transforms import Affine, Rule, Ternary, quantize
 
 
@@ -92,6 +92,7 @@ MODELS: dict[str, tuple[Any, Any, tuple[int, ...]]] = {
         lambda m, x: m(x)[0],
         (6, 4),
     ),
+    "rookies": (part(MixtureOfRookies, 4, 3, 5), lambda m, x: m(x)[0], (6, 4)),
 }
 # All but routers, whose choices jump.
 PATTERN = "(?!router).*(weight.*|gate|up|down|mixing)"
