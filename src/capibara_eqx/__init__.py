@@ -8,6 +8,7 @@ The names live in the sub-packages, which are loaded when first used, so that
 - `capibara_eqx.arrays`: nodes that stand where a weight stood, such as `AffineArray`.
 - `capibara_eqx.layers`: `equinox.Module`s, such as `Mamba`.
 - `capibara_eqx.transforms`: functions from model to model, such as `quantize`.
+- `capibara_eqx.meta`: inner loops that differentiate, such as `adapt`.
 - `capibara_eqx.models`: blocks, stacks, language models and `generate`.
 - `capibara_eqx.interop`: Hugging Face checkpoints in and out.
 - `capibara_eqx.train`: datasets, the training step, checkpoints and the loop.
@@ -36,6 +37,7 @@ _SUBPACKAGES = (
     "interop",
     "kernels",
     "layers",
+    "meta",
     "models",
     "train",
     "transforms",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from . import interop as interop
     from . import kernels as kernels
     from . import layers as layers
+    from . import meta as meta
     from . import models as models
     from . import train as train
     from . import transforms as transforms
