@@ -31,7 +31,10 @@ def refusal(
 ) -> str | None:
     """Why the C++ form cannot serve, or `None`."""
     if activations is None:
-        return "it multiplies whole numbers only, with `activations='int8'`"
+        return (
+            "it multiplies whole numbers only, with `activations='int8'` or "
+            "'static_int8'"
+        )
     if packing.groups > 1 and _planes.group_bytes(packing) % _QUAD:
         return (
             f"groups of {packing.group_size} codes of {packing.bits} bits are not of "
@@ -65,7 +68,7 @@ def forward(
 ) -> Float[Array, "tokens out"]:
     """See `reference`."""
     del activations
-    x, step = quantize_tokens(operands.x)
+    x, step = quantize_tokens(operands.x, operands.input_scale)
     rows, groups = operands.codes.shape[0], packing.groups
     of_groups = (groups, rows)
     middle = jnp.full((1, groups), packing.middle, jnp.uint8)
