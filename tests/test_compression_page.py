@@ -213,6 +213,7 @@ def test_adapters(after):
         unpacked(names["again"].hidden.weight.base), unpacked(base.hidden.weight)
     )
     left = report(names["lossy"], plain).entries[0]
+    assert left.sqnr is not None
     assert 0 < left.sqnr < 40
     paths = [entry.path for entry in report(names["tuned"]).entries]
     maps = {path.split("/")[-2] for path in paths}

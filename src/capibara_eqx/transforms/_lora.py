@@ -86,8 +86,8 @@ def lora(
 def attention_rules(spec: LoRA, targets: Sequence[str] = ("q", "v")) -> list[Rule]:
     """Rules that select maps of attention layers by their names, here and in Equinox.
 
-    Those of `DecoupledAttention`, which has two kinds of queries and keys, have names of
-    their own.
+    Those of `DecoupledAttention`, which has two kinds of queries and keys, have other
+    names.
 
     **Arguments:**
 

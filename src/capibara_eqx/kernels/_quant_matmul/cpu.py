@@ -1,9 +1,9 @@
 """The packed product in whole numbers, in C++ for the CPU.
 
 XLA's product of eight bits by eight is less than 1.6 times as fast on a CPU as that of
-32 bits (jaxlib 0.10.2), and its matrix has to be decoded in memory. Here a block of rows is
-decoded in the cache, and products of unsigned bytes by signed ones, which codes and
-tokens are as they come, are summed four at a time.
+32 bits (jaxlib 0.10.2), and its matrix has to be decoded in memory. Here a block of
+rows is decoded in the cache, and products of unsigned bytes by signed ones, which codes
+and tokens are as they come, are summed four at a time.
 """
 
 import functools
