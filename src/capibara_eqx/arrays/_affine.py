@@ -282,13 +282,21 @@ def _from_range(low, high, dtype, spec):
     if not spec.symmetric:
         # Half of each, since their difference may be too large a number. Halves are
         # exact, so that compiled or not the step is the same to the bit.
-        step = (high / 2 - low / 2) / (count / 2)
+        step = _quotient(high / 2 - low / 2, count / 2)
         scale = _stored_step(step, high > low, dtype, spec)
         zero = jnp.clip(jnp.round(-low / scale.astype(dtype)), 0, count)
         return scale, zero.astype(jnp.uint8)
     half = 2 ** (spec.bits - 1)
-    step = high / (half - 1 if spec.is_narrow else half - 0.5)
+    step = _quotient(high, half - 1 if spec.is_narrow else half - 0.5)
     return _stored_step(step, high > 0, dtype, spec), None
+
+
+def _quotient(positive, number):
+    """The division itself: of one by a constant older XLA makes a product, if compiled.
+
+    Then a step would not be the same to the bit, and a weight on its codes would move.
+    """
+    return positive / jnp.where(positive > 0, number, 1).astype(positive.dtype)
 
 
 def _stored_step(step, some, dtype, spec):
