@@ -12,6 +12,7 @@ from . import (
     cores,
     decode,
     demo_speed,
+    gptq,
     gpu,
     layer,
     layer_memory,
@@ -60,6 +61,7 @@ _SUBJECTS = (
     llama_decode,
     moe,
     quant_matmul,
+    gptq,
     sequence_parallel,
 )
 # What stands above the tables of each operation, in the order of the page.

@@ -135,6 +135,12 @@ LONG = (
     "experts",
     "validate_ssm_system",
     "SparseCapibara",
+    "dequantize",
+    "erk_rules",
+    "gptq",
+    "prepare_qat",
+    "sparsify",
+    "trainable_spec",
 )
 
 

@@ -59,6 +59,7 @@ def plot(
             )
         if log:
             axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(color="0.9")

@@ -14,6 +14,7 @@ from support import quant_oracle as oracle
 from support.quant_cases import (
     IN,
     OUT,
+    QUICK,
     SPECS,
     compiled,
     names,
@@ -117,6 +118,27 @@ def test_gradients_pass_through_the_rounding(name):
 
 def spec_width(spec) -> int:
     return getattr(spec, "group_size", None) or IN
+
+
+@settings(max_examples=50)
+@given(
+    seed=seeds,
+    name=st.sampled_from(QUICK),
+    rows=st.lists(st.booleans(), min_size=OUT, max_size=OUT),
+)
+def test_gradients_of_zeros_are_finite_and_pass(seed, name, rows):
+    """Whole rows of zeros, all of them too, learn as if nothing were rounded."""
+    weight = np.where(np.array(rows)[:, None], 0, weight_of(seed, power=0))
+    node = fake(weight.astype(np.float32), SPECS[name])
+    x, g = random((IN,), seed), random((OUT,), seed)
+    of_node, of_x = pulled_back()(node, x, g)
+    leaves = [of_x, *jax.tree.leaves(of_node)]
+    assert all(np.all(np.isfinite(leaf)) for leaf in leaves)
+    seen = oracle.round_tokens(x) if SPECS[name].activations else wide(x)
+    # A zero is within every range.
+    got, want = wide(of_node.weight), np.outer(wide(g), seen)
+    size = np.max(np.abs(want))
+    assert np.all(np.abs(got - want)[rows] <= 1e-6 * size)
 
 
 @names

@@ -1,7 +1,6 @@
 """Nodes that stand for weights: they answer as the array that they stand for."""
 
 import functools
-import math
 from typing import Any
 
 import equinox as eqx
@@ -19,6 +18,7 @@ from support.quant_cases import (
     IN,
     OUT,
     SPECS,
+    bytes_of,
     compiled,
     random,
     seeds,
@@ -172,19 +172,7 @@ def test_bytes_are_those_of_the_formula(seed, name, shape):
     del seed
     spec = SPECS[name]
     node = jax.eval_shape(lambda w: compiled()(w, spec), jnp.zeros(shape))
-    rows = math.prod(shape[:-1])
-    size = jnp.dtype(spec.scale_dtype or "float32").itemsize
-    if isinstance(spec, Ternary):
-        per_byte = 5 if spec.packing == "base3" else 4
-        want = rows * -(-shape[-1] // per_byte) + size * math.prod(shape[:-2])
-    else:
-        groups = -(-shape[-1] // spec.group_size) if spec.group_size else 1
-        sharers = math.prod(shape[:-2]) if spec.granularity == "tensor" else rows
-        parts = [width for width in (8, 4, 2, 1) if spec.bits & width]
-        want = rows * sum(-(-shape[-1] * width // 8) for width in parts)
-        want += sharers * groups * size
-        if not spec.symmetric:
-            want += sharers * sum(-(-groups * width // 8) for width in parts)
+    want = bytes_of(spec, shape)
     leaves = jax.tree.leaves(node)
     assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == want
     assert all(

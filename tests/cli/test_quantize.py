@@ -2,7 +2,9 @@
 
 import json
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +15,7 @@ from capibara_eqx.train import (
     load_model,
     read_rules,
     read_text_corpus,
+    write_compression,
 )
 from capibara_eqx.transforms import (
     NM,
@@ -132,6 +135,24 @@ def test_a_compressed_run_is_not_trained_or_compressed_again(compressed, rules, 
     assert "compressed run" in capsys.readouterr().err
 
 
+def test_a_run_with_codes_that_cannot_be_is_refused(
+    compressed, rules, tmp_path, capsys
+):
+    """Written whole, so that the checksums of the files are right."""
+    run, config = RunFolder.open(compressed[1])
+    codes = lambda model: model.stack.blocks[0].mixer.in_proj.weight.codes
+    small = load_model(run, config)
+    broken = eqx.tree_at(codes, small, jnp.full_like(codes(small), 255))
+    target = RunFolder.create(tmp_path / "broken", config)
+    with target.checkpoints() as checkpoints:
+        checkpoints.save(0, broken, {})
+    write_compression(target, read_rules(rules), {})
+    assert main(["generate", str(target.path), "--prompt=12 and"]) == 1
+    message = capsys.readouterr().err
+    assert "stack/blocks/0/mixer/in_proj/weight" in message
+    assert "the byte 255, which stands for no five values" in message
+
+
 def test_an_existing_folder_is_left_alone(finished, compressed, rules, capsys):
     command = ["quantize", str(finished[1]), f"--rules={rules}"]
     before = sorted(compressed[1].rglob("*"))
@@ -153,6 +174,10 @@ def test_an_existing_folder_is_left_alone(finished, compressed, rules, capsys):
         ('[[rule]]\npattern = "a"\nspec = "affine"\nbits = 9', "between 2 and 8"),
         ('[[rule]]\npattern = "a"\nspec = "none"\nbits = 9', "has no `bits`"),
         ('[[rule]]\npattern = "no"\nspec = "ternary"', "matches no weight"),
+        (
+            '[[rule]]\npattern = "a"\nspec = "affine"\nactivations = "static_int8"',
+            'rule 1: activations = "static_int8" needs a calibration',
+        ),
     ],
 )
 def test_bad_rules_are_named(finished, tmp_path, capsys, content, message):

@@ -304,7 +304,9 @@ def test_memory_of_blocks_is_linear_in_the_length(monkeypatch, differentiate):
         assert long > 12 * short, "the test does not see what is quadratic"
 
 
-@pytest.mark.parametrize("outer", ["forward", "reverse"])
+@pytest.mark.parametrize(
+    "outer", [pytest.param("forward", marks=pytest.mark.slow), "reverse"]
+)
 def test_hessian_memory_of_blocks_is_linear_too(monkeypatch, outer):
     monkeypatch.setattr(blockwise, "_BLOCK", (16, 16))
 

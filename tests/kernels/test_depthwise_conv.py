@@ -49,7 +49,9 @@ def check(arguments, implementation, dtype, **static):
 
 @each
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    "activation", [pytest.param(None, marks=pytest.mark.slow), "silu"]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_option_in_odd_shapes(shape, activation, dtype, implementation):
     batch, seq, channels, width, dilation = shape

@@ -196,7 +196,7 @@ def test_first_order_without_options(case, implementation):
     check(1, case, implementation)
 
 
-@ruled(CASES)
+@thorough(CASES)
 def test_second_order(case, implementation):
     check(2, case, implementation)
 

@@ -75,7 +75,9 @@ def parts(case, start: str):
     return operation, *split_fixed(arguments), static
 
 
-starts = pytest.mark.parametrize("start", ["given", "fresh"])
+starts = pytest.mark.parametrize(
+    "start", ["given", pytest.param("fresh", marks=pytest.mark.slow)]
+)
 
 
 @starts

@@ -228,15 +228,21 @@ def loss_pair(spec, implementation=None):
     """A scalar of the product in JAX, the same in NumPy, and a point.
 
     Derivatives pass the rounding of tokens as if it were not there. So in NumPy what
-    rounding has added at the point is a constant, and at it all derivatives agree.
+    rounding has added at the point is a constant, and at it all derivatives agree; what
+    is clipped is a constant altogether.
     """
     point, fixed = arguments(spec)
     # Of the size of one, as finite differences want it.
     unit = 2.0**-spec.bits
     point["scale"] /= unit
-    added = np.zeros_like(point["x"])
+    added, through = np.zeros_like(point["x"]), np.ones_like(point["x"])
     if spec.activations == "int8":
         added = oracle.round_tokens(point["x"]) - point["x"]
+    if spec.activations == "static_int8":
+        step = fixed["input_scale"]
+        rounded, through = oracle.round_by_one_step(point["x"], step)
+        assert not through.all()
+        added = rounded - through * point["x"]
     options = static(spec) | {"activations": None}
 
     def function(arrays):
@@ -245,7 +251,7 @@ def loss_pair(spec, implementation=None):
         return jnp.sum(jnp.sin(y) + y)
 
     def value(arrays):
-        x, scale = arrays["x"] + added, unit * arrays["scale"]
+        x, scale = through * arrays["x"] + added, unit * arrays["scale"]
         y = oracle.quant_matmul(x, scale=scale, **fixed, **options)
         return float(np.sum(np.sin(y) + y))
 
@@ -263,14 +269,14 @@ def test_first_derivatives_of_the_reference(spec):
     check_first_order(*loss_pair(spec, "reference"))
 
 
-SECOND = ["int3_zero", "int4_groups_zero_int8", "ternary_int8"]
+SECOND = ["int3_zero", "int4_groups_zero_int8", "ternary_static"]
 
 
 @pytest.mark.parametrize(
     "spec",
     [
         pytest.param(
-            spec, marks=[] if spec.name in SECOND[:2] else pytest.mark.slow, id=name
+            spec, marks=[] if spec.name in SECOND else pytest.mark.slow, id=name
         )
         for name, spec in BY_NAME.items()
     ],
@@ -279,8 +285,9 @@ def test_second_derivatives(spec):
     check_second_order(*loss_pair(spec))
 
 
-def test_third_derivatives():
-    check_third_order(*loss_pair(GROUPED))
+@pytest.mark.parametrize("spec", [GROUPED, BY_NAME["int4_groups_zero_static"]], ids=str)
+def test_third_derivatives(spec):
+    check_third_order(*loss_pair(spec))
 
 
 @pytest.mark.parametrize("name", ["int3_zero", "int4_groups_int8"])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import expert_oracle
 from support.derivatives import check_first_order, check_second_order, quick_jit
@@ -100,6 +100,7 @@ def test_derivatives(check, implementation):
     check(function, oracle, point)
 
 
+@settings(max_examples=50)
 @given(
     tokens=st.sampled_from([1, 5, 12]),
     count=st.sampled_from([1, 3, 9]),

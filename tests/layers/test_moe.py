@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import expert_oracle
 from support.derivatives import (
@@ -109,6 +109,7 @@ def test_values_and_losses(name):
     assert routing.dropped == 0
 
 
+@settings(max_examples=50)
 @given(seed=seeds, score=st.sampled_from(["softmax", "sigmoid"]))
 def test_all_experts_are_the_dense_mixture(seed, score):
     layer, x = make(seed, top_k=4, score=score), random((5, 3), seed)
@@ -127,6 +128,7 @@ def test_all_experts_are_the_dense_mixture(seed, score):
     assert_close(routing.balance_loss, 1.0, dtype="float32", length=4)
 
 
+@settings(max_examples=50)
 @given(seed=seeds)
 def test_the_names_of_experts_and_the_order_of_tokens_do_not_matter(seed):
     layer, x = make(seed), random((7, 3), seed)
@@ -161,6 +163,7 @@ def test_one_expert_is_a_gated_unit():
     assert_close(compiled()(layer, x)[0], want, dtype="float32", length=10)
 
 
+@settings(max_examples=50)
 @given(seed=seeds)
 def test_a_capacity_for_all_drops_nothing_and_less_drops_what_is_over(seed):
     x = random((8, 3), seed)
@@ -260,6 +263,7 @@ def test_the_balance_loss_can_be_less_than_one():
     assert_close(routing.balance_loss, want, dtype="float32", length=4)
 
 
+@settings(max_examples=50)
 @given(seed=seeds)
 def test_a_selection_bias_changes_the_choice_and_not_the_weights(seed):
     plain = make(seed, score="sigmoid")

@@ -43,6 +43,8 @@ IMPLEMENTATIONS: Mapping[str, tuple[str, ...]] = {
 }
 # What runs only if it is named: the longer ones of its tests are slow tests.
 RARE = ("associative",)
+# Cases of a way that only the fused kernel takes; those of the others are slow tests.
+FUSED_ONLY = ("selective_scan_rows",)
 Arguments = dict[str, np.ndarray]
 
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
@@ -75,7 +77,10 @@ def over(
             case,
             implementation,
             id=f"{name}-{implementation}",
-            marks=pytest.mark.slow if implementation in slow else (),
+            marks=pytest.mark.slow
+            if implementation in slow
+            or (name in FUSED_ONLY and implementation != FUSED)
+            else (),
         )
         for name, case in cases.items()
         for implementation in IMPLEMENTATIONS[case[0]]

@@ -15,8 +15,8 @@ from capibara_eqx.kernels._quant_matmul.specs import Spec
 
 def arguments(
     spec: Spec, batch: tuple[int, ...] | None = None, seed: int = 0, rows: int = 0
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Float64 `x` and `scale`, and the integers; a scale for every row if not given.
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Float64 `x` and `scale`, a scale for every row if not given, and the rest.
 
     A batch, if given, stands for the tokens of the spec.
     """
@@ -31,9 +31,14 @@ def arguments(
         "x": rng.standard_normal((*batch, spec.in_features)),
         "scale": rng.uniform(0.2, 1.0, groups) / 2**spec.bits,
     }
-    fixed = {"codes": np.stack([oracle.pack(row, spec.bits) for row in codes])}
+    fixed: dict[str, Any] = {
+        "codes": np.stack([oracle.pack(row, spec.bits) for row in codes])
+    }
     if spec.zero:
         fixed["zero"] = rng.integers(0, 2**spec.bits, groups).astype(np.uint8)
+    if spec.activations == "static_int8":
+        # So that some of the tokens are clipped.
+        fixed["input_scale"] = np.float32(1.2 / oracle.LARGEST)
     return smooth, fixed
 
 

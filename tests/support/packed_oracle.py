@@ -82,12 +82,33 @@ def round_tokens(x: Array) -> Array:
     return rounded
 
 
+def round_by_one_step(x, step) -> tuple[Array, Array]:
+    """Tokens rounded to 127 steps at most, and which numbers lay within."""
+    x, step = np.asarray(x, np.float64), float(step)
+    rounded, inside = np.zeros_like(x), np.zeros(x.shape, bool)
+    for place in np.ndindex(x.shape):
+        steps = np.rint(x[place] / step)
+        inside[place] = abs(steps) <= LARGEST
+        rounded[place] = max(-LARGEST, min(LARGEST, steps)) * step
+    return rounded, inside
+
+
 def quant_matmul(
-    x, codes, scale, zero=None, *, bits, group_size=None, activations=None
+    x,
+    codes,
+    scale,
+    zero=None,
+    *,
+    bits,
+    group_size=None,
+    activations=None,
+    input_scale=None,
 ) -> Array:
     x = np.asarray(x, np.float64)
     if activations == "int8":
         x = round_tokens(x)
+    if activations == "static_int8":
+        x, _ = round_by_one_step(x, input_scale)
     size = x.shape[-1]
     whole = matrix(codes, scale, zero, bits=bits, size=size, group_size=group_size)
     return np.einsum("...i,oi->...o", x, whole)

@@ -1,6 +1,7 @@
 """Weights and specs for tests of compression: few shapes, so that little compiles."""
 
 import functools
+import math
 from typing import Any
 
 import equinox as eqx
@@ -76,6 +77,23 @@ def weight_of(seed: int, shape=(OUT, IN), power: int | None = None) -> np.ndarra
     if power is None:
         power = int(rng.integers(-20, 20))
     return (weight * 2.0**power).astype(np.float32)
+
+
+def bytes_of(spec: Any, shape: tuple[int, ...]) -> int:
+    """`bits` a code, a step a group, `bits` a zero point; each row in whole bytes."""
+    rows = math.prod(shape[:-1])
+    size = jnp.dtype(spec.scale_dtype or "float32").itemsize
+    if isinstance(spec, Ternary):
+        per_byte = 5 if spec.packing == "base3" else 4
+        return rows * -(-shape[-1] // per_byte) + size * math.prod(shape[:-2])
+    groups = -(-shape[-1] // spec.group_size) if spec.group_size else 1
+    sharers = math.prod(shape[:-2]) if spec.granularity == "tensor" else rows
+    parts = [width for width in (8, 4, 2, 1) if spec.bits & width]
+    total = rows * sum(-(-shape[-1] * width // 8) for width in parts)
+    total += sharers * groups * size
+    if not spec.symmetric:
+        total += sharers * sum(-(-groups * width // 8) for width in parts)
+    return total
 
 
 def random(shape, seed: int = 0, dtype: Any = "float32") -> jax.Array:

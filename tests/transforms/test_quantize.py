@@ -38,12 +38,16 @@ from capibara_eqx.transforms import (
 )
 
 
-models = pytest.mark.parametrize("name", MODELS)
-GRID = SPECS["int4 g3"]
-
-
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+# A node in a layer, nodes in a tree, a layer put for another, and stacked ones.
+QUICK = ("mlp", "conv2d", "our embedding", "experts")
+models = pytest.mark.parametrize(
+    "name", [name if name in QUICK else slow(name) for name in MODELS]
+)
+GRID = SPECS["int4 g3"]
 
 
 @models
@@ -120,7 +124,7 @@ def test_gradients_of_training_reach_every_parameter(name):
     assert all(np.any(wide(leaf) != 0) for leaf in jax.tree.leaves(want))
 
 
-@pytest.mark.parametrize("name", ["mlp", "gru", "conv2d"])
+@pytest.mark.parametrize("name", ["mlp", slow("gru"), slow("conv2d")])
 def test_second_derivatives_in_training(name):
     """Those of the model with the rounded weights as plain arrays."""
     fake, _ = prepare_qat(model_of(name), rules(Affine(8)))
@@ -176,7 +180,7 @@ def one(stack, i: int):
     )
 
 
-@pytest.mark.parametrize("name", ["attention", "transposed", slow("experts")])
+@pytest.mark.parametrize("name", ["attention", slow("transposed"), slow("experts")])
 def test_checkpoint_and_jit_change_nothing(name):
     small, x, call = small_of(name, GRID), x_of(name), MODELS[name][1]
 
@@ -230,7 +234,8 @@ def test_only_matrices_are_compressed():
             "cell": eqx.nn.GRUCell(4, 4, key=key),
         }
 
-    stack = eqx.filter_vmap(make)(jax.random.split(jax.random.key(0), 3))
+    keys = jax.random.split(jax.random.key(0), 3)
+    stack = eqx.filter_jit(eqx.filter_vmap(make))(keys)
     small, found = quantize(stack, [Rule(".*", Affine(8))])
     paths = {entry.path for entry in found.entries}
     assert paths == {"linear/weight", "cell/weight_ih", "cell/weight_hh"}

@@ -14,6 +14,7 @@ from ..internal import (
     check_size,
 )
 from ..kernels import Packing, spread_groups
+from ._input_scale import ACTIVATIONS
 from ._weight import straight_through
 
 
@@ -56,7 +57,8 @@ class Affine:
     - `learned_step`: whether training with fake codes learns the step.
     - `gradient`: of rounding: `"clipped"`, 1 inside the range and 0 outside, or
         `"identity"`.
-    - `activations`: `"int8"` rounds inputs to eight bits, token by token.
+    - `activations`: `"int8"` rounds inputs to eight bits, each token by a step of its
+        own; `"static_int8"` by one step for all, which `transforms.calibrate` finds.
     - `scale_dtype`: of the steps; float32, or float64 for such weights, if not given.
 
     **Raises:**
@@ -93,7 +95,7 @@ class Affine:
         words += [f"g{self.group_size}"] if self.group_size else []
         words += ["tensor"] if self.granularity == "tensor" else []
         words += [] if self.symmetric else ["asymmetric"]
-        words += ["a8"] if self.activations else []
+        words += ACTIVATIONS[self.activations]
         return " ".join(words)
 
     @property
@@ -280,13 +282,21 @@ def _from_range(low, high, dtype, spec):
     if not spec.symmetric:
         # Half of each, since their difference may be too large a number. Halves are
         # exact, so that compiled or not the step is the same to the bit.
-        step = (high / 2 - low / 2) / (count / 2)
+        step = _quotient(high / 2 - low / 2, count / 2)
         scale = _stored_step(step, high > low, dtype, spec)
         zero = jnp.clip(jnp.round(-low / scale.astype(dtype)), 0, count)
         return scale, zero.astype(jnp.uint8)
     half = 2 ** (spec.bits - 1)
-    step = high / (half - 1 if spec.is_narrow else half - 0.5)
+    step = _quotient(high, half - 1 if spec.is_narrow else half - 0.5)
     return _stored_step(step, high > 0, dtype, spec), None
+
+
+def _quotient(positive, number):
+    """The division itself: of one by a constant older XLA makes a product, if compiled.
+
+    Then a step would not be the same to the bit, and a weight on its codes would move.
+    """
+    return positive / jnp.where(positive > 0, number, 1).astype(positive.dtype)
 
 
 def _stored_step(step, some, dtype, spec):
@@ -334,7 +344,7 @@ def _check(spec: Affine) -> None:
     check_choice("range", spec.range, (None, "narrow", "full"))
     check_choice("calibration", spec.calibration, ("minmax", "percentile", "mse"))
     check_choice("gradient", spec.gradient, ("clipped", "identity"))
-    check_choice("activations", spec.activations, (None, "int8"))
+    check_choice("activations", spec.activations, ACTIVATIONS)
     check_range("percentile", spec.percentile, above=50, most=100)
     if spec.group_size is not None:
         check_size("group_size", spec.group_size)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from ..kernels import decode_codes, pack_codes, quant_matmul, unpack_codes
 from ._affine import Affine, affine_codes, affine_steps, positive_step
+from ._input_scale import check_input_scale
 from ._weight import AbstractWeight, take_rows
 
 
@@ -15,6 +16,8 @@ class AffineArray(AbstractWeight):
     - `codes`: as `kernels.pack_codes` packs them, `(*stack, out, bytes)`.
     - `scale`: the steps, `(*stack, rows, groups)`.
     - `zero`: the zero points, packed likewise along the groups, or `None`.
+    - `input_scale`: the step of all inputs with `"static_int8"`, `(*stack,)`, or
+        `None`.
 
     !!! example
 
@@ -30,6 +33,7 @@ class AffineArray(AbstractWeight):
     spec: Affine = eqx.field(static=True)
     in_features: int = eqx.field(static=True)
     dtype: jnp.dtype = eqx.field(static=True)
+    input_scale: Float[Array, "*stack"] | None = None
 
     @classmethod
     def compress(
@@ -37,6 +41,7 @@ class AffineArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         spec: Affine,
         step: Float[Array, "*stack rows groups"] | None = None,
+        input_scale: Float[Array, "*stack"] | None = None,
     ) -> "AffineArray":
         """The nearest codes to a weight.
 
@@ -45,6 +50,11 @@ class AffineArray(AbstractWeight):
         - `weight`: `(*stack, out, in)`.
         - `spec`: how to round it.
         - `step`: of every group, as training learned it; calibrated if not given.
+        - `input_scale`: the step of all inputs, with `activations="static_int8"`.
+
+        **Raises:**
+
+        `ValueError` for an `input_scale` too many or too few, or of another shape.
 
         !!! example
 
@@ -56,7 +66,7 @@ class AffineArray(AbstractWeight):
         if step is not None:
             scale = positive_step(step).astype(scale.dtype)
         codes = affine_codes(weight, scale, zero, spec)
-        return cls.from_codes(codes, scale, zero, spec, weight.dtype)
+        return cls.from_codes(codes, scale, zero, spec, weight.dtype, input_scale)
 
     @classmethod
     def from_codes(
@@ -66,8 +76,10 @@ class AffineArray(AbstractWeight):
         zero: UInt8[Array, "*stack rows groups"] | None,
         spec: Affine,
         dtype: Any,
+        input_scale: Float[Array, "*stack"] | None = None,
     ) -> "AffineArray":
         """Codes, steps and zero points that something else found, packed."""
+        check_input_scale(spec, input_scale, codes.shape[:-2])
         return cls(
             codes=pack_codes(codes, spec.bits),
             scale=scale,
@@ -75,6 +87,7 @@ class AffineArray(AbstractWeight):
             spec=spec,
             in_features=codes.shape[-1],
             dtype=jnp.dtype(dtype),
+            input_scale=input_scale,
         )
 
     @property
@@ -102,6 +115,7 @@ class AffineArray(AbstractWeight):
             bits=self.spec.bits,
             group_size=self.spec.group_size,
             activations=self.spec.activations,
+            input_scale=self.input_scale,
         )
 
     def rows(self, index: Integer[Array, "*batch"]) -> Float[Array, "*batch in"]:

@@ -81,12 +81,18 @@ class SparseArray(AbstractWeight):
         """The share of values that are kept."""
         return self.spec.n / self.spec.m
 
-    def dense(self) -> Float[Array, "*stack out in"]:
+    @property
+    def unpacked_places(self) -> Int[Array, "*stack out groups n"]:
+        """Where in its group each value lies."""
         spec = self.spec
         places = unpack_codes(self.places, spec.index_bits, self.values.shape[-1])
         grouped = (*self.values.shape[:-1], self.in_features // spec.m, spec.n)
-        at = jax.nn.one_hot(places.reshape(grouped), spec.m, dtype=self.values.dtype)
-        matrix = jnp.einsum("...n,...nm->...m", self.values.reshape(grouped), at)
+        return places.astype(jnp.int32).reshape(grouped)
+
+    def dense(self) -> Float[Array, "*stack out in"]:
+        places = self.unpacked_places
+        at = jax.nn.one_hot(places, self.spec.m, dtype=self.values.dtype)
+        matrix = jnp.einsum("...n,...nm->...m", self.values.reshape(places.shape), at)
         return matrix.reshape(self.shape).astype(self.dtype)
 
     def product(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:

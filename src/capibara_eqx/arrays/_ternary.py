@@ -15,6 +15,7 @@ from ._affine import (
     positive_step,
     spread_inverse,
 )
+from ._input_scale import ACTIVATIONS
 from ._weight import straight_through
 
 
@@ -36,7 +37,8 @@ class Ternary:
     **Arguments:**
 
     - `scale`: `"absmean"`, `"seed"`, `"l2"` or `"learned"`.
-    - `activations`: `"int8"` rounds inputs to eight bits, token by token.
+    - `activations`: `"int8"` rounds inputs to eight bits, each token by a step of its
+        own; `"static_int8"` by one step for all, which `transforms.calibrate` finds.
     - `packing`: `"2bit"`, or `"base3"`, 1.6 bits a weight, which is slower to read:
         for files.
     - `scale_dtype`: of the scale; float32, or float64 for such weights, if not given.
@@ -59,7 +61,7 @@ class Ternary:
 
     def __post_init__(self):
         check_choice("scale", self.scale, ("absmean", "seed", "l2", "learned"))
-        check_choice("activations", self.activations, (None, "int8"))
+        check_choice("activations", self.activations, ACTIVATIONS)
         check_choice("packing", self.packing, ("2bit", "base3"))
         object.__setattr__(self, "scale_dtype", known_dtype(self.scale_dtype))
 
@@ -72,7 +74,7 @@ class Ternary:
         words = ["ternary"]
         words += [self.packing] if self.packing != "2bit" else []
         words += [self.scale] if self.scale != "absmean" else []
-        words += ["a8"] if self.activations else []
+        words += ACTIVATIONS[self.activations]
         return " ".join(words)
 
 

@@ -11,6 +11,7 @@ from ..kernels import (
     unpack_codes,
     unpack_trits,
 )
+from ._input_scale import check_input_scale
 from ._ternary import Ternary, ternary_codes
 from ._weight import AbstractWeight, take_rows
 
@@ -26,6 +27,8 @@ class TernaryArray(AbstractWeight):
     - `codes`: `(*stack, out, bytes)`, as `kernels.pack_codes` packs $T + 2$ in two
         bits, or `kernels.pack_trits` packs $T + 1$.
     - `scale`: what the codes are multiplied by, `(*stack, 1, 1)`.
+    - `input_scale`: the step of all inputs with `"static_int8"`, `(*stack,)`, or
+        `None`.
 
     !!! example
 
@@ -40,6 +43,7 @@ class TernaryArray(AbstractWeight):
     spec: Ternary = eqx.field(static=True)
     in_features: int = eqx.field(static=True)
     dtype: jnp.dtype = eqx.field(static=True)
+    input_scale: Float[Array, "*stack"] | None = None
 
     @classmethod
     def compress(
@@ -47,6 +51,7 @@ class TernaryArray(AbstractWeight):
         weight: Float[Array, "*stack out in"],
         spec: Ternary,
         step: Float[Array, "*stack 1 1"] | None = None,
+        input_scale: Float[Array, "*stack"] | None = None,
     ) -> "TernaryArray":
         """The nearest codes to a weight.
 
@@ -55,6 +60,11 @@ class TernaryArray(AbstractWeight):
         - `weight`: `(*stack, out, in)`.
         - `spec`: how to scale and to pack.
         - `step`: the scale, as training learned it.
+        - `input_scale`: the step of all inputs, with `activations="static_int8"`.
+
+        **Raises:**
+
+        `ValueError` for an `input_scale` too many or too few, or of another shape.
 
         !!! example
 
@@ -63,7 +73,7 @@ class TernaryArray(AbstractWeight):
             ```
         """
         codes, scale = ternary_codes(weight, spec, step)
-        return cls.from_codes(codes, scale, spec, weight.dtype)
+        return cls.from_codes(codes, scale, spec, weight.dtype, input_scale)
 
     @classmethod
     def from_codes(
@@ -72,8 +82,10 @@ class TernaryArray(AbstractWeight):
         scale: Float[Array, "*stack 1 1"],
         spec: Ternary,
         dtype: DTypeLike,
+        input_scale: Float[Array, "*stack"] | None = None,
     ) -> "TernaryArray":
         """-1, 0 and 1 and a scale that something else found, packed."""
+        check_input_scale(spec, input_scale, codes.shape[:-2])
         if spec.packing == "base3":
             packed = pack_trits((codes + _LOWEST_TRIT).astype(jnp.uint8))
         else:
@@ -84,6 +96,7 @@ class TernaryArray(AbstractWeight):
             spec=spec,
             in_features=codes.shape[-1],
             dtype=jnp.dtype(dtype),
+            input_scale=input_scale,
         )
 
     @property
@@ -119,4 +132,5 @@ class TernaryArray(AbstractWeight):
             self.scale,
             bits=_BITS,
             activations=self.spec.activations,
+            input_scale=self.input_scale,
         )

@@ -140,6 +140,8 @@ def take_rows(
     """Rows of a matrix whose parts have a row for each of its rows, or one for all."""
 
     def take(part):
+        if part.ndim == 0:
+            return part  # of inputs, which a row has none of
         at = jnp.zeros_like(index) if part.shape[0] == 1 else index
         return part[at][..., None, :]
 

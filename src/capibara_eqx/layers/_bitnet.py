@@ -18,7 +18,7 @@ from ..arrays import (
     compress,
 )
 from ..internal import accumulate, check_flag, check_last_axis, check_range, check_size
-from ..kernels import round_tokens, unpack_codes
+from ..kernels import unpack_codes
 from ._compress_array import compress_array, finite
 from ._norm import RMSNorm
 
@@ -225,7 +225,5 @@ def _warming(
     share = jax.lax.stop_gradient(jnp.asarray(warmup, wide.dtype))
     rounded = node.astype(wide.dtype).dense()
     weight = (1 - share) * node.weight.astype(wide.dtype) + share * rounded
-    x = wide
-    if getattr(node.spec, "activations", None) == "int8":
-        x = (1 - share) * wide + share * round_tokens(wide)
+    x = (1 - share) * wide + share * node.rounded_inputs(wide)
     return apply_weight(weight, x).astype(y.dtype)

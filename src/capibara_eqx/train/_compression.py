@@ -119,9 +119,16 @@ def _rule(table: Any, where: str) -> Rule:
         kind = _SPECS[name]
         known = () if kind is None else [f.name for f in dataclasses.fields(kind)]
         check_keys(f'spec = "{name}"', arguments, known)
-        return Rule(pattern, None if kind is None else kind(**arguments))
+        rule = Rule(pattern, None if kind is None else kind(**arguments))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
+    if getattr(rule.spec, "activations", None) == "static_int8":
+        raise ValueError(
+            f'{where}: activations = "static_int8" needs a calibration, which only '
+            "`transforms.quantize(model, rules, calibration=found)` takes. Write "
+            '"int8", which rounds every token by a step of its own.'
+        )
+    return rule
 
 
 def _table(rule: Rule) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ..models import LanguageModel, mamba_language_model
+from ..transforms import check
 from ._compression import compress_like
 from ._config import RunConfig
 from ._corpus import Corpus
@@ -118,12 +119,12 @@ def load_model(run: RunFolder, config: RunConfig) -> LanguageModel:
     **Raises:**
 
     `CheckpointError` if there is no checkpoint, `ValueError` if it is not said in the
-    folder how a compressed one is kept.
+    folder how a compressed one is kept, or if what it keeps cannot be.
     """
     if run.compression_path.exists():
         template = compress_like(run, build_model(config))
         with run.checkpoints(read_only=True) as checkpoints:
-            return checkpoints.restore(template)[0]
+            return check(checkpoints.restore(template)[0])
     # The optimiser's state is read with it: the checkpoint is one PyTree.
     optimizer = make_optimizer(clip_norm=config.clip_norm)
     with run.checkpoints(read_only=True) as checkpoints:

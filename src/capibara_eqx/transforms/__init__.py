@@ -4,6 +4,7 @@ from ..arrays import LoRA as LoRA
 from ..arrays import Ternary as Ternary
 from ._calibrate import Calibration as Calibration
 from ._calibrate import calibrate as calibrate
+from ._check import check as check
 from ._erk import erk_rules as erk_rules
 from ._gptq import gptq as gptq
 from ._hessian import Hessians as Hessians

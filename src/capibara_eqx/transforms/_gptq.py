@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree, UInt8
 
 from ..arrays import NM, AbstractWeight, Affine, AffineArray, Ternary, TernaryArray
 from ..arrays._affine import affine_codes, affine_steps
+from ..arrays._input_scale import STATIC, is_static
 from ..arrays._ternary import ternary_codes
 from ..internal import check_flag, check_range, check_size
 from ..kernels import spread_groups
@@ -193,6 +194,12 @@ def _check(function: str, place: Place, spec: Any) -> None:
         raise ValueError(
             f"{function}: rounds to codes, an Affine or a Ternary; the rule for "
             f"{place.path!r} asks for {spec}. Use `quantize` for it."
+        )
+    if is_static(spec):
+        raise ValueError(
+            f"{function}: the rule for {place.path!r} asks for activations={STATIC!r}, "
+            "whose steps come from `calibrate`. Use `quantize(model, rules, "
+            "calibration=found)` for it, or activations='int8'."
         )
 
 

@@ -84,7 +84,10 @@ def lora(
 
 
 def attention_rules(spec: LoRA, targets: Sequence[str] = ("q", "v")) -> list[Rule]:
-    """Rules that select maps of every attention layer, here and in Equinox.
+    """Rules that select maps of attention layers by their names, here and in Equinox.
+
+    Those of `DecoupledAttention`, which has two kinds of queries and keys, have other
+    names.
 
     **Arguments:**
 

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,16 +18,20 @@ from ..arrays import (
     compress,
 )
 from ..layers import CompressedConv
+from ._calibrate import Calibration
 from ._places import Place, as_matrix, places, replace
 from ._report import Report, entry, report
 from ._rules import Rule, choose
+from ._static_inputs import check_calibration, input_scale
 
 
 _COMPRESSED = (AffineArray, TernaryArray, SparseArray)
 compressed_form = eqx.filter_jit(compress)
 
 
-def quantize(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
+def quantize(
+    model: PyTree, rules: Sequence[Rule], *, calibration: Calibration | None = None
+) -> tuple[PyTree, Report]:
     """The model with compressed weights in the place of some of its weights.
 
     What can be compressed are the matrices of `Linear` and `Embedding` layers, here and
@@ -42,6 +47,9 @@ def quantize(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
     - `model`: any PyTree.
     - `rules`: which weight gets which form, an `Affine`, a `Ternary`, an `NM` or
         `None`. The first that matches counts.
+    - `calibration`: of `calibrate`, for weights that a rule gives
+        `activations="static_int8"`: inputs are rounded by its `steps`, which stay as
+        they are from then on.
 
     **Returns:**
 
@@ -51,8 +59,10 @@ def quantize(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
     **Raises:**
 
     `ValueError` for a rule that matches nothing or that earlier rules leave nothing,
-    for a weight that has another form already, or for one that is not finite: the
-    message names it. Under `jit` the last is an error at run time.
+    for a weight that has another form already, or for one that is not finite; and for
+    a calibration that is missing, that no rule asks for, that no input of the weight is
+    in, or that does not fit: the message names it. What is wrong with numbers is an
+    error at run time under `jit`.
 
     !!! example
 
@@ -60,12 +70,20 @@ def quantize(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
         rules = [Rule(r".*embedding.*", None), Rule(r".*weight", Affine(4))]
         small, found = quantize(model, rules)
         print(found)
+
+        rules = [Rule(".*proj/weight", Affine(8, activations="static_int8"))]
+        found = calibrate(model, lambda model, x: model(x), batches, rules)
+        small, _ = quantize(model, rules, calibration=found)
         ```
     """
-    return transform_weights("quantize", model, rules, _packed)
+    check_calibration("quantize", calibration, rules)
+    make = functools.partial(_packed, calibration)
+    return transform_weights("quantize", model, rules, make)
 
 
-def prepare_qat(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
+def prepare_qat(
+    model: PyTree, rules: Sequence[Rule], *, calibration: Calibration | None = None
+) -> tuple[PyTree, Report]:
     """The model with weights that compute as if they were compressed, for training.
 
     Each becomes a `FakeQuantArray`: its forward pass is that of the compressed weight,
@@ -73,7 +91,7 @@ def prepare_qat(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
 
     **Arguments:**
 
-    - `model`, `rules`: as for `quantize`.
+    - `model`, `rules`, `calibration`: as for `quantize`.
 
     **Returns:**
 
@@ -91,7 +109,9 @@ def prepare_qat(model: PyTree, rules: Sequence[Rule]) -> tuple[PyTree, Report]:
         small = convert(model)
         ```
     """
-    return transform_weights("prepare_qat", model, rules, _faked)
+    check_calibration("prepare_qat", calibration, rules)
+    make = functools.partial(_faked, calibration)
+    return transform_weights("prepare_qat", model, rules, make)
 
 
 def convert(model: PyTree) -> PyTree:
@@ -196,7 +216,9 @@ def transform_weights(
     return model, Report(listed, whole.left_alone)
 
 
-def _packed(function: str, place: Place, spec: Spec) -> AbstractWeight:
+def _packed(
+    calibration: Calibration | None, function: str, place: Place, spec: Spec
+) -> AbstractWeight:
     check_spec(function, spec)
     if isinstance(place.value, AbstractWeight):
         return same_form(function, place, spec, _COMPRESSED)
@@ -206,17 +228,21 @@ def _packed(function: str, place: Place, spec: Spec) -> AbstractWeight:
         compressed_form,
         as_matrix(require_finite(function, place), place),
         spec,
+        input_scale(function, place, spec, calibration),
     )
 
 
-def _faked(function: str, place: Place, spec: Spec) -> AbstractWeight:
+def _faked(
+    calibration: Calibration | None, function: str, place: Place, spec: Spec
+) -> AbstractWeight:
     check_spec(function, spec)
     if isinstance(place.value, AbstractWeight):
         return same_form(function, place, spec, (FakeQuantArray,))
     weight = as_matrix(require_finite(function, place), place)
+    step = input_scale(function, place, spec, calibration)
     # What cannot be compressed should fail here, not after the training.
-    _named(function, place, lambda: eqx.filter_eval_shape(compress, weight, spec))
-    return FakeQuantArray.of(weight, spec)
+    _named(function, place, lambda: eqx.filter_eval_shape(compress, weight, spec, step))
+    return FakeQuantArray.of(weight, spec, step)
 
 
 def same_form(function, place, spec, kinds) -> AbstractWeight:

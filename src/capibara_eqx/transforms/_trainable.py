@@ -6,7 +6,7 @@ import jax
 import jax.tree_util as jtu
 from jaxtyping import PyTree
 
-from ..arrays import AffineArray, LoRAArray, TernaryArray, is_weight
+from ..arrays import AffineArray, FakeQuantArray, LoRAArray, TernaryArray, is_weight
 from ._places import path_of, places
 from ._rules import Rule, choose
 
@@ -15,7 +15,8 @@ def trainable_spec(model: PyTree, also: Sequence[str] = ()) -> PyTree:
     """Which parts of a model learn: the filter for `equinox.partition`.
 
     In a model with adapters (`transforms.lora`) these alone. In every other one each
-    floating point array but the steps of weights that are kept as codes. Codes
+    floating point array but the steps of weights that are kept as codes, and those of
+    inputs. Codes
     themselves are whole numbers, of which there is no gradient.
 
     **Arguments:**
@@ -57,7 +58,11 @@ def _mask(node: Any, learns: bool) -> PyTree:
     """True for the arrays of a node that can learn."""
     if not learns or isinstance(node, AffineArray | TernaryArray):
         return jax.tree.map(lambda _: False, node)
-    return jax.tree.map(eqx.is_inexact_array, node)
+    mask = jax.tree.map(eqx.is_inexact_array, node)
+    if isinstance(node, FakeQuantArray) and node.input_scale is not None:
+        # No gradient moves it, but weight decay would.
+        return eqx.tree_at(lambda mask: mask.input_scale, mask, False)
+    return mask
 
 
 def _mask_adapter(node: LoRAArray, base_learns: bool) -> PyTree:

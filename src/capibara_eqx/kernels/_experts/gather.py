@@ -14,8 +14,9 @@ def experts(
     The work is that of the chosen experts, and nothing in it grows with their number
     but the gradient of the weights: for very many experts of very few rows, which no
     two tokens share. As many choices are gathered at once as there are experts, so the
-    copies are never larger than the weights, nor is there more than one sum into the
-    weights' gradient for as many choices.
+    copies are never larger than the weights, unless one token has more choices than
+    there are experts. Nor is there more than one sum into the weights' gradient for as
+    many choices.
     """
     refuse_capacity(capacity_factor)
     refuse_explicit(operands)

@@ -2,19 +2,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Bool, Float, Int8, UInt8
 
 from ...internal import accumulate, accumulator_dtype
 from ._decode import Packing, decode_codes
 
 
 class Operands(NamedTuple):
-    """What every backend takes: flat tokens and one packed matrix."""
+    """What every backend takes: flat tokens and one packed matrix.
+
+    `input_scale` is the step of all tokens that are rounded, `None` if each has its
+    own.
+    """
 
     x: Float[Array, "tokens in"]
     codes: UInt8[Array, "out bytes"]
     scale: Float[Array, "rows groups"]
     zero: UInt8[Array, "rows groups"] | None
+    input_scale: Float[Array, ""] | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -32,10 +37,12 @@ _LARGEST = 127
 
 
 def quantize_tokens(
-    x: Float[Array, "*batch in"],
+    x: Float[Array, "*batch in"], step: Float[Array, ""] | None = None
 ) -> tuple[Int8[Array, "*batch in"], Float[Array, "*batch 1"]]:
-    """Eight bits for every token by itself, and the token's step."""
+    """Eight bits for every token, and its step: that of all, or its own."""
     x = accumulate(x)
+    if step is not None:
+        return _by_one_step(x, step.astype(x.dtype))
     largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
     step = jnp.where(largest > 0, largest / _LARGEST, 1)
     # Of a largest value that is subnormal the step is zero.
@@ -44,14 +51,32 @@ def quantize_tokens(
     return jnp.clip(codes, -_LARGEST, _LARGEST).astype(jnp.int8), step
 
 
-def round_tokens(x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
+def _by_one_step(x, step):
+    steps = _in_steps(x, step)
+    codes = jnp.clip(jnp.round(steps), -_LARGEST, _LARGEST).astype(jnp.int8)
+    # No whole number is NaN: a token that holds one would pass for another.
+    lost = jnp.any(jnp.isnan(steps), axis=-1, keepdims=True)
+    return codes, jnp.where(lost, jnp.nan, jnp.broadcast_to(step, lost.shape))
+
+
+def _in_steps(x, step):
+    # Not a division, of which XLA makes a product with the inverse or does not,
+    # depending on what is compiled together: ties would fall this way or that.
+    return x * jnp.broadcast_to(1 / step, x.shape)
+
+
+def round_tokens(
+    x: Float[Array, "*batch in"], step: Float[Array, ""] | None = None
+) -> Float[Array, "*batch in"]:
     """What `quant_matmul` rounds tokens to with `activations="int8"`.
 
-    Derivatives pass as if nothing were rounded.
+    With a `step` what it rounds them to with `"static_int8"`. Derivatives pass as if
+    nothing were rounded, but not to what lies beyond 127 steps, nor to the step.
 
     **Arguments:**
 
     - `x`: `(*batch, in)`.
+    - `step`: of all tokens, `()`; each has its own if not given.
 
     **Returns:**
 
@@ -64,7 +89,17 @@ def round_tokens(x: Float[Array, "*batch in"]) -> Float[Array, "*batch in"]:
         ```
     """
     x = accumulate(x)
-    codes, step = quantize_tokens(jax.lax.stop_gradient(x))
-    nearest = codes.astype(step.dtype) * jnp.broadcast_to(step, codes.shape)
+    codes, steps = quantize_tokens(*jax.lax.stop_gradient((x, step)))
+    nearest = codes.astype(steps.dtype) * jnp.broadcast_to(steps, codes.shape)
+    through = x if step is None else jnp.where(unclipped(x, step), x, 0)
     # The first two are zero together, to the bit.
-    return x - jax.lax.stop_gradient(x) + nearest
+    return through - jax.lax.stop_gradient(through) + nearest
+
+
+def unclipped(
+    x: Float[Array, "*batch in"], step: Float[Array, ""]
+) -> Bool[Array, "*batch in"]:
+    """Whether the nearest whole number of steps is one of eight bits."""
+    x = jax.lax.stop_gradient(accumulate(x))
+    steps = _in_steps(x, jax.lax.stop_gradient(step).astype(x.dtype))
+    return jnp.abs(jnp.round(steps)) <= _LARGEST

@@ -101,7 +101,9 @@ def tokens_of(
     operands: Operands, activations: str | None
 ) -> tuple[Num[Array, "tokens in"], Float[Array, "tokens 1"] | None]:
     """What is multiplied, and the step by which to multiply the result, if any."""
-    return quantize_tokens(operands.x) if activations else (operands.x, None)
+    if activations is None:
+        return operands.x, None
+    return quantize_tokens(operands.x, operands.input_scale)
 
 
 def by_place(

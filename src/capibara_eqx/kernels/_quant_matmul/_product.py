@@ -10,7 +10,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from ...internal import accumulate
 from ._decode import Packing
-from ._operands import Operands, round_tokens
+from ._operands import Operands, round_tokens, unclipped
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4))
@@ -25,7 +25,8 @@ def product(
 
     $\hat x$ is what the tokens are rounded to; through the rounding itself derivatives
     pass as if it were not there (Bengio et al., *Estimating or Propagating Gradients
-    Through Stochastic Neurons*, arXiv 1308.3432).
+    Through Stochastic Neurons*, arXiv 1308.3432), but for what one step for all
+    clips.
     """
     return run(operands._replace(zero=zero), packing, activations)
 
@@ -39,9 +40,13 @@ def _tangent(run, packing, activations, primals, tangents):
     dy = jnp.zeros_like(y)
     if not isinstance(change.x, SymbolicZero):
         dx = change.x.astype(whole.dtype)
+        if whole.input_scale is not None:
+            dx = jnp.where(unclipped(whole.x, whole.input_scale), dx, 0)
         dy = dy + jnp.einsum("ti,oi->to", dx, whole.dense(packing))
     if not isinstance(change.scale, SymbolicZero):
         of_scale = whole._replace(scale=change.scale).dense(packing)
-        x = round_tokens(whole.x) if activations == "int8" else accumulate(whole.x)
+        x = accumulate(whole.x)
+        if activations is not None:
+            x = round_tokens(x, whole.input_scale)
         dy = dy + jnp.einsum("ti,oi->to", x.astype(whole.dtype), of_scale)
     return y, dy

@@ -1,6 +1,7 @@
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
@@ -20,7 +21,7 @@ BACKENDS = {
     "reference": reference.quant_matmul,
 }
 _DEFAULT = {"fused": fused.implementation(None), "xla": xla.quant_matmul}
-ACTIVATIONS = (None, "int8")
+ACTIVATIONS = (None, "int8", "static_int8")
 # The longest sum of products of eight bits by eight that 32 bits hold for certain.
 _LONGEST = 2**31 // (127 * 255)
 
@@ -34,6 +35,7 @@ def quant_matmul(
     bits: int,
     group_size: int | None = None,
     activations: str | None = None,
+    input_scale: Float[Array, ""] | None = None,
     implementation: str | Sequence[str] | None = None,
 ) -> Float[Array, "*batch out"]:
     r"""A product with a matrix that is kept as packed codes.
@@ -46,11 +48,14 @@ def quant_matmul(
     products are summed as whole numbers of 32 bits. Jacob et al., *Quantization and
     Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*, arXiv
     1712.05877; ternary matrices (`bits=2`, codes 1 to 3) with such tokens are those of
-    Ma et al., *The Era of 1-bit LLMs*, arXiv 2402.17764.
+    Ma et al., *The Era of 1-bit LLMs*, arXiv 2402.17764. With `"static_int8"` one given
+    step $\sigma$ serves all tokens, and what lies beyond is clipped,
+    $\hat x = \mathrm{clip}(\mathrm{round}(x / \sigma), -127, 127)\,\sigma$: no token
+    has to be read before it is rounded. A token with a NaN becomes NaN.
 
     Differentiable any number of times, forward and reverse, in `x` and `scale`; through
-    the rounding of tokens as if it were not there. Works under `jit`, `vmap`, `scan`
-    and `checkpoint`.
+    the rounding of tokens as if it were not there, but not in inputs that are clipped,
+    nor in `input_scale`. Works under `jit`, `vmap`, `scan` and `checkpoint`.
 
     **Arguments:**
 
@@ -62,10 +67,11 @@ def quant_matmul(
     - `bits`: of a code, 2 to 8.
     - `group_size`: neighbours along `in` that share a scale; all of them if not given.
         The last group may be shorter.
-    - `activations`: `None`, or `"int8"`.
-    - `implementation`: `"cpu"` (C++, for `activations="int8"` on a processor with
-        AVX-512 VNNI), `"pallas_tpu"` and `"pallas_gpu"`, all three for codes of 2, 4
-        and 8 bits, `"xla"`, `"reference"`, or a sequence of names of which the first
+    - `activations`: `None`, `"int8"` or `"static_int8"`.
+    - `input_scale`: $\sigma$ of `"static_int8"`, `()`, positive.
+    - `implementation`: `"cpu"` (C++, for `activations` of eight bits on a processor
+        with AVX-512 VNNI), `"pallas_tpu"` and `"pallas_gpu"`, all three for codes of 2,
+        4 and 8 bits, `"xla"`, `"reference"`, or a sequence of names of which the first
         that can is used; by default the fused kernel of the platform, and XLA where
         there is none or it cannot.
 
@@ -100,13 +106,16 @@ def quant_matmul(
     if activations is not None and packing.size > _LONGEST:
         raise ValueError(
             f"quant_matmul: sums of {packing.size} products of eight bits may not fit "
-            f"in 32; `activations='int8'` takes up to {_LONGEST} inputs. Leave it out."
+            f"in 32; `activations={activations!r}` takes up to {_LONGEST} inputs. "
+            "Leave it out."
         )
+    _check_input_scale(activations, input_scale)
     tokens = math.prod(x.shape[:-1])
     shape = (*x.shape[:-1], codes.shape[0])
     if tokens == 0:
         return jnp.zeros(shape, x.dtype)
-    operands = Operands(x.reshape(tokens, packing.size), codes, scale, None)
+    step = None if input_scale is None else jax.lax.stop_gradient(input_scale)
+    operands = Operands(x.reshape(tokens, packing.size), codes, scale, None, step)
 
     def run(whole, packing, activations):
         arguments = (whole, packing, activations)
@@ -116,6 +125,17 @@ def quant_matmul(
 
     y = product(operands, zero, run, packing, activations)
     return y.reshape(shape).astype(x.dtype)
+
+
+def _check_input_scale(activations, input_scale) -> None:
+    if (activations == "static_int8") != (input_scale is not None):
+        given = "none" if input_scale is None else f"shape {input_scale.shape}"
+        raise ValueError(
+            "quant_matmul: `input_scale` must be given for activations='static_int8' "
+            f"and for nothing else, got {given} with activations={activations!r}. "
+            "With 'int8' every token has a step of its own."
+        )
+    check_shape("quant_matmul", "input_scale", input_scale, (), "one step for all")
 
 
 def _packing(x, codes, bits, group_size) -> Packing:

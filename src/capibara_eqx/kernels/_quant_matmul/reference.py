@@ -11,8 +11,8 @@ def quant_matmul(
 ) -> Float[Array, "tokens out"]:
     """`kernels.quant_matmul` with the matrix, and the rounded tokens, written out."""
     x = accumulate(operands.x)
-    if activations == "int8":
-        codes, step = quantize_tokens(x)
+    if activations is not None:
+        codes, step = quantize_tokens(x, operands.input_scale)
         x = codes.astype(step.dtype) * step
     x = x.astype(operands.dtype)
     return jnp.einsum("ti,oi->to", x, operands.dense(packing))

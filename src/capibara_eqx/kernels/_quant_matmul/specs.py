@@ -24,6 +24,8 @@ TEST_SPECS = (
     Spec("int8", 6, 7, 9, 8),
     Spec("int8_zero_int8", 6, 7, 9, 8, zero=True, activations="int8"),
     Spec("int4_groups_zero_int8", 3, 10, 4, 4, 4, zero=True, activations="int8"),
+    Spec("ternary_static", 5, 13, 7, 2, activations="static_int8"),
+    Spec("int4_groups_zero_static", 3, 10, 4, 4, 4, True, "static_int8"),
 )
 
 BENCHMARK_SPECS = (

@@ -11,7 +11,7 @@ def quant_matmul(
     operands: Operands, packing: Packing, activations: str | None
 ) -> Float[Array, "tokens out"]:
     """`kernels.quant_matmul` by the products of XLA."""
-    if activations == "int8":
+    if activations is not None:
         return _whole_numbers(operands, packing)
     x = operands.x.astype(operands.dtype)
     if packing.groups > 1:
@@ -28,7 +28,7 @@ def _whole_numbers(operands: Operands, packing: Packing) -> Float[Array, "tokens
     Codes are counted from the middle to fit; a zero point elsewhere is made up for by
     the sum of the token.
     """
-    x, step = quantize_tokens(operands.x)
+    x, step = quantize_tokens(operands.x, operands.input_scale)
     x, sums = _sums(x, _centred(operands, packing), packing)
     sums = sums.astype(operands.dtype)
     if operands.zero is not None:
