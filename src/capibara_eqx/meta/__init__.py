@@ -2,6 +2,8 @@ from ._adapt import adapt as adapt
 from ._adapt import adapt_trajectory as adapt_trajectory
 from ._cavia import WithContext as WithContext
 from ._cavia import cavia as cavia
+from ._imaml import imaml as imaml
+from ._implicit_adapt import implicit_adapt as implicit_adapt
 from ._maml import maml as maml
 from ._maml import multi_step_weights as multi_step_weights
 from ._meta_gradient import meta_value_and_grad as meta_value_and_grad
