@@ -128,4 +128,4 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
         for line in metadata.splitlines()
         if line.startswith("Requires-Dist: ") and "extra ==" not in line
     ]
-    assert sorted(required) == ["equinox", "jax", "jaxtyping", "optax"]
+    assert sorted(required) == ["equinox", "jax", "jaxtyping", "lineax", "optax"]

@@ -1,5 +1,9 @@
 from ._adapt import adapt as adapt
 from ._adapt import adapt_trajectory as adapt_trajectory
+from ._cavia import WithContext as WithContext
+from ._cavia import cavia as cavia
+from ._imaml import imaml as imaml
+from ._implicit_adapt import implicit_adapt as implicit_adapt
 from ._maml import maml as maml
 from ._maml import multi_step_weights as multi_step_weights
 from ._meta_gradient import meta_value_and_grad as meta_value_and_grad
@@ -8,6 +12,13 @@ from ._meta_sgd import meta_sgd as meta_sgd
 from ._meta_step import MetaState as MetaState
 from ._meta_step import init_meta_state as init_meta_state
 from ._meta_step import make_meta_step as make_meta_step
+from ._prototypes import protonet as protonet
+from ._prototypes import prototype_logits as prototype_logits
+from ._prototypes import prototypes as prototypes
+from ._r2d2 import WithRidge as WithRidge
+from ._r2d2 import r2d2 as r2d2
+from ._reptile import reptile as reptile
+from ._ridge_head import ridge_head as ridge_head
 from ._safe_adam import safe_adam as safe_adam
 from ._selection import only as only
 from ._sgd import rates_like as rates_like
