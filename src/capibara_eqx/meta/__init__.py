@@ -8,6 +8,8 @@ from ._meta_sgd import meta_sgd as meta_sgd
 from ._meta_step import MetaState as MetaState
 from ._meta_step import init_meta_state as init_meta_state
 from ._meta_step import make_meta_step as make_meta_step
+from ._metala import AdaptedParams as AdaptedParams
+from ._metala import MetaLA as MetaLA
 from ._safe_adam import safe_adam as safe_adam
 from ._selection import only as only
 from ._sgd import rates_like as rates_like
