@@ -20,6 +20,7 @@ from support.metala_oracle import (
 )
 from support.tolerances import assert_close
 
+
 METHODS = ("maml", "anil", "ridge")
 TARGETS = ("step", "sequence", "label a step", "label")
 # Every method and kind of targets once; the others are slow, as each is compiled.
@@ -54,12 +55,13 @@ def normal(seed, *shape):
         for t in TARGETS
     ],
 )
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(seed=seeds)
 def test_equals_the_loop(method, targets, seed):
-    steps = 1 if method == "maml" else 2
-    layer = small_layer(method, seed, adaptation_steps=steps)
-    task = small_task(targets, seed)
+    # Every number of a network that adapts costs the loop two passes.
+    width = 2 if method == "maml" else 4
+    layer = small_layer(method, seed, width)
+    task = small_task(targets, seed, width)
     got = run(layer, *arrays(task))
     assert got.shape == ((2, 4, 3) if "step" in targets else (2, 3))
     want = fast_adapt(layer, weights_of(layer), *task)
@@ -67,16 +69,21 @@ def test_equals_the_loop(method, targets, seed):
     assert_close(got, want, dtype="float32", length=200)
 
 
-@settings(max_examples=5)
-@given(seed=seeds)
-def test_without_steps_it_is_the_start(seed):
-    layer = small_layer("anil", seed, adaptation_steps=0)
-    x, y, query = small_task("label", seed)
-    want = predict(layer, weights_of(layer), query, pooled=True)
-    assert_close(run(layer, *arrays((x, y, query))), want, dtype="float32", length=50)
-    params = layer.adapt_parameters(layer.meta_weights, *arrays((x, y, query))[:2])
+@pytest.mark.slow
+def test_without_steps_it_is_the_start():
+    layer = small_layer("anil", 0, adaptation_steps=0)
+    task = small_task("label", 0)
+
+    @quick
+    def both(layer, x, y, query):
+        params = layer.adapt_parameters(layer.meta_weights, x, y)
+        return params, layer.apply_adapted_params(query, params)
+
+    params, got = both(layer, *arrays(task))
     assert params.pooled
     assert eqx.tree_equal(params.weights, layer.meta_weights)
+    want = predict(layer, weights_of(layer), task[2], pooled=True)
+    assert_close(got, want, dtype="float32", length=50)
 
 
 def test_one_step_of_the_head_and_its_meta_gradient():
@@ -108,13 +115,18 @@ def test_one_step_of_the_head_and_its_meta_gradient():
 
     z, z_query, rate = rows(x), rows(query), w["inner_rate"]
     moved = start - rate * (start @ z.T - y.reshape(-1, 3).T) @ z / len(z)
-    got = np.column_stack([head.weight, head.bias])
+    got = whole(head)
     assert_close(got, moved, dtype="float32", length=60)
     of_loss = (moved @ z_query.T - goal.reshape(-1, 3).T) @ z_query
     want = of_loss @ (np.eye(5) - rate * z.T @ z / len(z))
-    got = np.column_stack([grads.head.weight, grads.head.bias])
+    got = whole(grads.head)
     assert_close(got, want, dtype="float32", length=60)
     assert jax.tree.leaves((grads.encoder, grads.norm)) == []
+
+
+def whole(head):
+    """The weight and the bias as one matrix."""
+    return np.column_stack([head.weight, head.bias]).astype("float64")
 
 
 @quick
@@ -130,18 +142,23 @@ def test_ridge_limits():
     """
     layer = small_layer("ridge", 5)
     x, y, query = arrays(small_task("sequence", 5, n=3))
-    far = adapted_head(layer, jnp.asarray(30.0), x, y)
-    assert_close(far.weight, layer.net.head.weight, dtype="float32", length=10)
-    near = adapted_head(layer, jnp.asarray(-12.0), x, y)
+    start = whole(layer.net.head)
+    far = whole(adapted_head(layer, jnp.asarray(30.0), x, y))
+    assert_close(far, start, dtype="float32", length=10)
+    near = whole(adapted_head(layer, jnp.asarray(-12.0), x, y))
     z = features(layer, weights_of(layer), x, pooled=True)
-    np.testing.assert_allclose(z @ near.weight.T + near.bias, y, atol=2e-3)
-    # And of all that interpolate it is the one nearest to the start.
-    moved = np.column_stack(
-        [near.weight - layer.net.head.weight, near.bias - layer.net.head.bias]
-    )
     ones = np.column_stack([z, np.ones(3)])
+    np.testing.assert_allclose(ones @ near.T, y, atol=2e-3)
+    # And of all that interpolate it is the one nearest to the start.
+    moved = near - start
     inside = ones.T @ np.linalg.solve(ones @ ones.T, ones @ moved.T)
     np.testing.assert_allclose(moved.T, inside, atol=2e-3)
+
+
+def same_arrays(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(a is b for a, b in pairs)
 
 
 def test_meta_weights_are_what_adapts():
@@ -152,15 +169,19 @@ def test_meta_weights_are_what_adapts():
         assert all(eqx.is_inexact_array(leaf) for leaf in leaves)
         assert len(leaves) == (13 if method == "maml" else 2)
         assert adapts.head.weight is layer.net.head.weight
-        other = jax.tree.map(lambda leaf: leaf + 1, adapts)
+        other = jax.tree.map(lambda leaf: np.asarray(leaf) + 1, adapts)
         replaced = layer.with_meta_weights(other)
-        assert eqx.tree_equal(replaced.meta_weights, other)
-        same = replaced.with_meta_weights(adapts)
-        assert eqx.tree_equal(same, layer)
+        assert same_arrays(replaced.meta_weights, other)
+        assert same_arrays(replaced.with_meta_weights(adapts), layer)
+        frozen = replaced.net.encoder.attention.q_proj.weight
+        assert (frozen is layer.net.encoder.attention.q_proj.weight) == (
+            method != "maml"
+        )
     assert layers["anil"].inner_rate == np.float32(0.3)
     assert layers["ridge"].inner_rate is None
 
 
+@pytest.mark.slow
 def test_steps_of_a_head_cannot_diverge():
     """At a rate below 1, on features of unit length, the loss falls at every step."""
     x, y, _ = arrays(small_task("step", 0))
@@ -178,9 +199,8 @@ def test_steps_of_a_head_cannot_diverge():
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize(
-    "batch", [(), (2,), pytest.param((2, 3), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [(2,), (2, 3)])
 def test_batch_axes_are_vmap(batch):
     layer = small_layer("maml", 1)
     x = normal(2, *batch, 3, 4)
@@ -202,6 +222,7 @@ def test_packed_documents_are_separate_and_seen_both_ways():
     assert np.all(np.any(np.abs(later - packed[:3]) > 1e-4, axis=-1))
 
 
+@pytest.mark.slow
 def test_dropout_is_random_and_off_in_inference():
     layer = small_layer("maml", 1, dropout_rate=0.5)
     x = normal(2, 2, 3, 4)
@@ -242,9 +263,7 @@ def test_tasks_are_a_batch_axis(method, targets):
     for row, task in zip(got, tasks, strict=True):
         assert_close(row, run(layer, *task), dtype="float32", length=50)
     # A start a task, as of several learners at once.
-    starts = jax.tree.map(
-        lambda leaf: jnp.stack([leaf, 2 * leaf]), layer.meta_weights
-    )
+    starts = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), layer.meta_weights)
     several = quick(
         lambda layer, starts, x, y, query: jax.vmap(
             lambda start: layer.with_meta_weights(start).fast_adapt(x, y, query)

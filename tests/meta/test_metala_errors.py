@@ -10,7 +10,7 @@ import pytest
 from support.messages import refused
 from support.metala_oracle import small_layer
 
-from capibara_eqx.meta import MetaLA
+from capibara_eqx.meta import AdaptedParams, MetaLA
 
 
 pytestmark = pytest.mark.errors
@@ -35,8 +35,7 @@ Y = np.ones((5, 3, 3), "float32")
 def test_constructor(argument, values):
     for value in values:
         options: Any = {"d_model": 4, "n_heads": 2, "d_out": 3, argument: value}
-        name = "p" if argument == "dropout_rate" else argument
-        with refused(name, str(value)):
+        with refused(argument, str(value)):
             MetaLA(**options, key=KEY)
 
 
@@ -72,13 +71,15 @@ def test_support(x, y, words):
 
 
 def test_label_out_of_range_under_jit():
-    adapt = eqx.filter_jit(lambda y: LAYER.fast_adapt(jnp.asarray(X), y, jnp.asarray(X)))
+    adapt = eqx.filter_jit(
+        lambda y: LAYER.fast_adapt(jnp.asarray(X), y, jnp.asarray(X))
+    )
     with pytest.raises(RuntimeError, match="`support_y` must lie between 0 and 2"):
         adapt(jnp.array([0, 1, 2, 3, 0]))
 
 
 def test_query():
-    params = LAYER.adapt_parameters(LAYER.meta_weights, jnp.asarray(X), jnp.asarray(Y))
+    params = AdaptedParams(LAYER.meta_weights, pooled=False)
     for x, words in (
         (X[..., :3], ["query_x", "4 elements"]),
         (X[:0], ["query_x", "at least one example"]),
@@ -94,8 +95,8 @@ def test_meta_weights_of_another_layer():
     other = small_layer("maml", 0).meta_weights
     with refused("meta_weights", "method='anil'", "encoder/attention/q_proj/weight"):
         LAYER.adapt_parameters(other, jnp.asarray(X), jnp.asarray(Y))
-    wider = MetaLA(4, 2, 5, method="anil", key=KEY).meta_weights
-    with refused("meta_weights", "head/bias", "(5,)", "(3,)"):
+    wider = small_layer("anil", 0, 6).meta_weights
+    with refused("meta_weights", "head/weight", "(3, 6)", "(3, 4)"):
         LAYER.with_meta_weights(wider)
 
 

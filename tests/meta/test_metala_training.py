@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from support.quick import filled
+from support.tolerances import assert_close
 
 from capibara_eqx.meta import MetaLA, Task, init_meta_state, make_meta_step
 
@@ -41,8 +43,18 @@ def sample_tasks(num_tasks: int, seed: int, shots: int = 8):
 
 def layer_of(method: str, **options: Any) -> MetaLA:
     options = {"dropout_rate": 0.0, "method": method, **options}
-    make = quick(lambda key: MetaLA(D_MODEL, 1, D_OUT, key=key, **options))
-    return make(jax.random.key(1))
+    layer = filled(MetaLA, D_MODEL, 1, D_OUT, seed=1, size=0.4, **options)
+    ones = jnp.ones(D_MODEL)
+
+    def where(layer):
+        encoder = layer.net.encoder
+        norms = (encoder.attention_norm, encoder.feed_forward_norm, layer.net.norm)
+        return [norm.weight for norm in norms]
+
+    layer = eqx.tree_at(where, layer, [ones] * 3)
+    if layer.inner_rate is None:
+        return layer
+    return eqx.tree_at(lambda layer: layer.inner_rate, layer, jnp.asarray(0.5))
 
 
 # The training loop of the documents: the outer optimiser of `meta_weights` alone.
@@ -84,20 +96,20 @@ def meta_train(meta_layer, steps, num_tasks=8):
 
 def test_the_training_loop_learns():
     """Far below the start, and what not adapting could do at best."""
-    layer = layer_of("maml", inner_rate=0.3, adaptation_steps=3)
-    trained, losses = meta_train(layer, 300)
+    layer = layer_of("maml", adaptation_steps=2)
+    trained, losses = meta_train(layer, 60)
     start, end = np.mean(losses[:10]), np.mean(losses[-10:])
     without = np.mean([np.mean(sample_tasks(8, i)["query_y"] ** 2) for i in range(10)])
-    print(start, end, without)
     assert end < 0.5 * start
-    assert end < 0.5 * without
+    assert end < 0.25 * without
     assert not eqx.tree_equal(trained.meta_weights, layer.meta_weights)
 
 
-@pytest.mark.parametrize("method", ["anil", "ridge"])
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["maml", "anil", "ridge"])
 def test_the_whole_layer_learns(method):
     """Encoder, start and rate or penalty, by the outer step of this package."""
-    layer = layer_of(method, inner_rate=0.5, adaptation_steps=5)
+    layer = layer_of(method)
 
     def query_loss(layer, task, *, key=None):
         y = layer.fast_adapt(*task.support, task.query[0], key=key)
@@ -106,13 +118,12 @@ def test_the_whole_layer_learns(method):
     step = make_meta_step(optax.adam(0.02), query_loss)
     state = init_meta_state(layer, optax.adam(0.02))
     losses = []
-    for iteration in range(300):
+    for iteration in range(200):
         t = sample_tasks(8, seed=iteration)
         task = Task((t["support_x"], t["support_y"]), (t["query_x"], t["query_y"]))
         state, loss = step(state, task)
         losses.append(float(loss))
     start, end = np.mean(losses[:10]), np.mean(losses[-10:])
-    print(start, end)
     assert end < 0.5 * start
 
 
@@ -131,7 +142,7 @@ def in_categories(labels, seq: int, width: int, seed: int):
 @pytest.mark.parametrize(
     ("method", "width", "heads", "seq"),
     [
-        ("anil", 4, 2, 3),
+        ("anil", D_MODEL, 1, SEQ),
         *(
             pytest.param(method, 512, 8, 64, marks=pytest.mark.slow)
             for method in ("maml", "anil", "ridge")
@@ -139,10 +150,12 @@ def in_categories(labels, seq: int, width: int, seed: int):
     ],
 )
 def test_a_new_category_from_five_examples(method, width, heads, seq):
-    make = quick(
-        lambda key: MetaLA(width, heads, 2, adaptation_steps=10, method=method, key=key)
-    )
-    meta_layer = eqx.nn.inference_mode(make(jax.random.key(0)))
+    options = {"adaptation_steps": 10, "method": method}
+    if width == D_MODEL:
+        meta_layer = layer_of(**options)
+    else:
+        make = quick(lambda key: MetaLA(width, heads, 2, key=key, **options))
+        meta_layer = eqx.nn.inference_mode(make(jax.random.key(0)))
     support_labels = np.array([0, 0, 1, 1, 1])
     query_labels = np.arange(20) % 2
     predictions = logits_of(
@@ -171,5 +184,5 @@ def test_sixteen_examples_of_the_width_of_a_language_model(method):
         jnp.ones((4, 128, 768)),
     )
     assert adapted_output.shape == (4, 128, 10)
-    # Of the start, which is near 0, at most the share (1 - 2 * 0.1) ** 5 is left.
-    assert np.max(np.abs(adapted_output - 1)) < 0.5
+    # Features alike, and the 1 of the bias, have curvature 2: one step at 1/2 is there.
+    assert_close(adapted_output, np.ones((4, 128, 10)), dtype="float32", length=2000)

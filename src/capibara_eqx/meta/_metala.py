@@ -4,11 +4,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, DTypeLike, Float, Int, Integer, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import (
     check_choice,
     check_positive,
+    check_probability,
     check_segment_ids,
     check_sequence,
     check_size,
@@ -97,7 +98,7 @@ class MetaLA(eqx.Module):
         *,
         dropout_rate: float = 0.1,
         adaptation_steps: int = 5,
-        inner_rate: float = 0.1,
+        inner_rate: float = 0.5,
         method: str = "maml",
         dtype: DTypeLike | None = None,
         key: PRNGKeyArray,
@@ -126,6 +127,7 @@ class MetaLA(eqx.Module):
         is not positive, or an unknown `method`.
         """
         check_size("d_out", d_out)
+        check_probability("dropout_rate", dropout_rate)
         check_choice("method", method, METHODS)
         check_positive("inner_rate", inner_rate)
         _check_steps(adaptation_steps)
@@ -199,7 +201,7 @@ class MetaLA(eqx.Module):
         self,
         meta_weights: FewShotNet,
         support_x: Float[Array, "n seq d_model"],
-        support_y: Float[Array, "n *seq d_out"] | Integer[Array, "n *seq"],
+        support_y: Targets,
         *,
         key: PRNGKeyArray | None = None,
     ) -> AdaptedParams:
@@ -274,7 +276,7 @@ class MetaLA(eqx.Module):
     def fast_adapt(
         self,
         support_x: Float[Array, "n seq d_model"],
-        support_y: Float[Array, "n *seq d_out"] | Integer[Array, "n *seq"],
+        support_y: Targets,
         query_x: Float[Array, "m query_seq d_model"],
         *,
         key: PRNGKeyArray | None = None,
