@@ -26,9 +26,8 @@ from capibara_eqx.transforms import (
 
 
 RATE, STEPS = 0.1, 3
-quick: Any = functools.partial(
-    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+jit: Any = eqx.filter_jit
+quick = functools.partial(jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -78,7 +77,8 @@ def test_only_adapters_move(small):
     after = run(model, batch)
     node = model.weight
     parts = (as_array(node.base), model.bias, node.a, node.b)
-    a, b = looped(*(np.asarray(part, "float64") for part in parts), x, y)
+    weight, bias, a, b = (np.asarray(part, "float64") for part in parts)
+    a, b = looped(weight, bias, a, b, x, y)
     assert_close(after.weight.a, a, dtype="float32", length=30)
     assert_close(after.weight.b, b, dtype="float32", length=30)
     assert eqx.tree_equal(after.weight.base, node.base)

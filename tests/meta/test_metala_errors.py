@@ -102,10 +102,11 @@ def test_meta_weights_of_another_layer():
 
 def test_dropout_needs_a_key():
     layer = small_layer("anil", 0, dropout_rate=0.1)
+    x, y = jnp.asarray(X), jnp.asarray(Y)
     with refused("key", "inference_mode"):
-        layer(jnp.asarray(X))
+        eqx.filter_eval_shape(layer, x)
     with refused("key", "inference_mode"):
-        layer.fast_adapt(jnp.asarray(X), jnp.asarray(Y), jnp.asarray(X))
+        eqx.filter_eval_shape(layer.fast_adapt, x, y, x)
 
 
 def test_input():
@@ -115,6 +116,7 @@ def test_input():
         LAYER(jnp.asarray(X), segment_ids=jnp.zeros((5,), "int32"))
 
 
+@pytest.mark.slow
 def test_rate_that_diverges_is_reported():
     layer = eqx.tree_at(lambda layer: layer.inner_rate, LAYER, jnp.asarray(1e38))
     with pytest.raises(RuntimeError, match="not finite at step 2"):

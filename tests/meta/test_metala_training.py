@@ -15,9 +15,8 @@ from support.tolerances import assert_close
 from capibara_eqx.meta import MetaLA, Task, init_meta_state, make_meta_step
 
 
-quick: Any = functools.partial(
-    eqx.filter_jit, compiler_options={"xla_backend_optimization_level": 0}
-)
+jit: Any = eqx.filter_jit
+quick = functools.partial(jit, compiler_options={"xla_backend_optimization_level": 0})
 D_MODEL, SEQ, D_OUT = 4, 3, 2
 SHARED = np.random.default_rng(0).standard_normal((D_MODEL, 2))
 

@@ -119,9 +119,9 @@ def descend(layer: Any, w: Weights, x: Array, y: Array, pooled: bool) -> Weights
     return w
 
 
-def loss(predictions: Array, y: Array) -> Any:
+def loss(predictions: Any, y: Array) -> Any:
     """Half of the squared error or the cross-entropy, a mean over rows."""
-    rows = predictions.reshape(-1, predictions.shape[-1])
+    rows: Any = predictions.reshape(-1, predictions.shape[-1])
     if np.issubdtype(np.asarray(y).dtype, np.integer):
         terms = [
             np.log(np.sum(np.exp(row - row.real.max()))) + row.real.max() - row[label]
@@ -184,7 +184,7 @@ def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
 
 
-def _gelu(x: Array) -> Array:
+def _gelu(x: Any) -> Array:
     """The exact one; of a tiny imaginary part by its derivative."""
     real = x.real
     cumulative = (1 + erf(real / math.sqrt(2))) / 2
