@@ -23,8 +23,8 @@ from support.tolerances import assert_close
 
 METHODS = ("maml", "anil", "ridge")
 TARGETS = ("step", "sequence", "label a step", "label")
-# Every method and kind of targets once; the others are slow, as each is compiled.
-QUICK = {("maml", "label"), ("anil", "step"), ("ridge", "label a step")}
+# Of ridge regression the limits are quick; the others are slow, as each is compiled.
+QUICK = {("maml", "label"), ("anil", "step")}
 seeds = st.integers(0, 2**16)
 jit: Any = eqx.filter_jit
 quick = functools.partial(jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -211,8 +211,8 @@ def test_batch_axes_are_vmap(batch):
 
 def test_packed_documents_are_separate_and_seen_both_ways():
     layer = small_layer("maml", 1)
-    x = normal(3, 6, 4)
-    ids = jnp.asarray([0, 0, 0, -1, 1, 1])
+    x = normal(3, 7, 4)
+    ids = jnp.asarray([0, 0, 0, -1, 1, 1, 1])
     packed = call(layer, x.at[3].set(jnp.nan), ids)
     assert_close(packed[:3], call(layer, x[:3]), dtype="float32", length=20)
     assert_close(packed[4:], call(layer, x[4:]), dtype="float32", length=20)

@@ -70,6 +70,7 @@ def test_support(x, y, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.slow
 def test_label_out_of_range_under_jit():
     adapt = eqx.filter_jit(
         lambda y: LAYER.fast_adapt(jnp.asarray(X), y, jnp.asarray(X))

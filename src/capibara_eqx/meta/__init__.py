@@ -1,5 +1,6 @@
 from ._adapt import adapt as adapt
 from ._adapt import adapt_trajectory as adapt_trajectory
+from ._few_shot_net import AdaptedParams as AdaptedParams
 from ._maml import maml as maml
 from ._maml import multi_step_weights as multi_step_weights
 from ._meta_gradient import meta_value_and_grad as meta_value_and_grad
@@ -8,7 +9,6 @@ from ._meta_sgd import meta_sgd as meta_sgd
 from ._meta_step import MetaState as MetaState
 from ._meta_step import init_meta_state as init_meta_state
 from ._meta_step import make_meta_step as make_meta_step
-from ._metala import AdaptedParams as AdaptedParams
 from ._metala import MetaLA as MetaLA
 from ._safe_adam import safe_adam as safe_adam
 from ._selection import only as only

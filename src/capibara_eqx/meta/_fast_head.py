@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ..internal import accumulate, check_sequence
+from ..internal import check_sequence, promote_dtypes
 from ..layers import Linear
 from ..layers._id_range import ids_in_range
 from ._inner_loop import check_batch
@@ -49,10 +49,12 @@ def ridge_fit(
     # The bias is the weight of a feature that is 1.
     z = jnp.concatenate([z, jnp.ones_like(z[:, :1])], axis=1)
     added = ridge_head(z, left, log_lambda.astype(z.dtype))
-    scale = jnp.exp(log_scale).astype(z.dtype) if labels else 1
+    scale = jnp.exp(log_scale) if labels else 1
 
     def moved(start, by):
-        return (scale * (accumulate(start) + by)).astype(start.dtype)
+        wide = promote_dtypes(start.dtype, by.dtype)
+        new = start.astype(wide) + by.astype(wide)
+        return (jnp.asarray(scale, wide) * new).astype(start.dtype)
 
     parts = jax.tree.map(moved, (head.weight, head.bias), (added[:-1].T, added[-1]))
     return eqx.tree_at(lambda head: (head.weight, head.bias), head, parts)

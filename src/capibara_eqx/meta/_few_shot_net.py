@@ -5,6 +5,7 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import accumulate, split_or_none, zero_padding
@@ -101,3 +102,59 @@ class FewShotNet(eqx.Module):
     ) -> Float[Array, "n *seq d_out"]:
         """Predictions of every step, or one for the sequence."""
         return self.head(self.features(x, pooled=pooled, key=key))
+
+
+class AdaptedParams(eqx.Module):
+    """What `MetaLA` learned of a support set.
+
+    - `weights`: like `MetaLA.meta_weights`.
+    - `pooled`: whether there was one target for a whole sequence, so that there is one
+        prediction as well.
+
+    !!! example
+
+        ```python
+        layer = MetaLA(64, 8, 10, dropout_rate=0.0, key=jax.random.key(0))
+        labels = jnp.array([3, 7])
+        params = layer.adapt_parameters(layer.meta_weights, x, labels)
+        params.weights.head.weight, params.pooled      # (10, 64), True
+        ```
+    """
+
+    weights: FewShotNet
+    pooled: bool = eqx.field(static=True)
+
+
+def arrays_like(net: FewShotNet, weights: FewShotNet) -> FewShotNet:
+    """The leaves of `net` where `weights` has one."""
+    return jax.tree.map(
+        lambda weight, leaf: None if weight is None else leaf,
+        weights,
+        net,
+        is_leaf=lambda node: node is None,
+    )
+
+
+def check_like(
+    argument: str, weights: FewShotNet, wanted: FewShotNet, method: str
+) -> None:
+    """Raise `ValueError` unless `weights` has the names and shapes of `wanted`."""
+    found, expected = _shapes(weights), _shapes(wanted)
+    if found != expected:
+        wrong = [
+            f"{name!r} {found.get(name, 'missing')} for {expected.get(name, 'none')}"
+            for name in sorted(found.keys() | expected.keys())
+            if found.get(name) != expected.get(name)
+        ]
+        raise ValueError(
+            f"MetaLA: `{argument}` must be arrays like the layer's `meta_weights`, of "
+            f"method={method!r}; of other shapes are {', '.join(wrong)}. Take them of "
+            "this layer."
+        )
+
+
+def _shapes(weights: FewShotNet) -> dict[str, tuple[int, ...]]:
+    return {
+        jtu.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
+        for path, leaf in jtu.tree_leaves_with_path(weights)
+    }

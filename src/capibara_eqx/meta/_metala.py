@@ -3,7 +3,6 @@ import math
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 
 from ..internal import (
@@ -18,24 +17,18 @@ from ..internal import (
 from ..layers import Linear, RMSNorm
 from ._adapt import adapt
 from ._fast_head import Targets, check_examples, check_targets, fit_loss, ridge_fit
-from ._few_shot_net import AttentionEncoder, FewShotNet
+from ._few_shot_net import (
+    AdaptedParams,
+    AttentionEncoder,
+    FewShotNet,
+    arrays_like,
+    check_like,
+)
 from ._selection import only
 from ._sgd import sgd
 
 
 METHODS = ("maml", "anil", "ridge")
-
-
-class AdaptedParams(eqx.Module):
-    """What `MetaLA` learned of a support set.
-
-    - `weights`: like `MetaLA.meta_weights`.
-    - `pooled`: whether there was one target for a whole sequence, so that there is one
-        prediction as well.
-    """
-
-    weights: FewShotNet
-    pooled: bool = eqx.field(static=True)
 
 
 class MetaLA(eqx.Module):
@@ -189,9 +182,13 @@ class MetaLA(eqx.Module):
     def with_meta_weights(self, meta_weights: FewShotNet) -> "MetaLA":
         """The layer with another start, such as one that was learned.
 
+        **Arguments:**
+
+        - `meta_weights`: like the property of this name.
+
         **Raises:**
 
-        `ValueError` unless it is like `meta_weights`.
+        `ValueError` for arrays of other names or shapes.
         """
         net = self._net("meta_weights", meta_weights)
         return eqx.tree_at(lambda layer: layer.net, self, net)
@@ -236,7 +233,7 @@ class MetaLA(eqx.Module):
             z = net.features(support_x, pooled=pooled, key=key)
             head = self._fit_head(net.head, z, targets)
             net = eqx.tree_at(lambda net: net.head, net, head)
-        return AdaptedParams(_arrays_like(net, meta_weights), pooled)
+        return AdaptedParams(arrays_like(net, meta_weights), pooled)
 
     @jax.named_scope("capibara_eqx.meta.MetaLA.apply_adapted_params")
     def apply_adapted_params(
@@ -325,37 +322,8 @@ class MetaLA(eqx.Module):
 
     def _net(self, argument: str, weights: FewShotNet) -> FewShotNet:
         """All of the network, with `weights` where it adapts."""
-        wanted, found = _shapes(self.meta_weights), _shapes(weights)
-        if found != wanted:
-            names = sorted(wanted.keys() | found.keys())
-            wrong = [
-                f"{name!r} {found.get(name, 'missing')} for {wanted.get(name, 'none')}"
-                for name in names
-                if found.get(name) != wanted.get(name)
-            ]
-            raise ValueError(
-                f"MetaLA: `{argument}` must be arrays like the layer's `meta_weights`, "
-                f"of method={self.method!r}; of other shapes are {', '.join(wrong)}. "
-                "Take them of this layer."
-            )
+        check_like(argument, weights, self.meta_weights, self.method)
         return eqx.combine(weights, self.net)
-
-
-def _shapes(weights) -> dict[str, tuple[int, ...]]:
-    return {
-        jtu.keystr(path, simple=True, separator="/"): jnp.shape(leaf)
-        for path, leaf in jtu.tree_leaves_with_path(weights)
-    }
-
-
-def _arrays_like(net: FewShotNet, weights: FewShotNet) -> FewShotNet:
-    """The leaves of `net` where `weights` has one."""
-    return jax.tree.map(
-        lambda weight, leaf: None if weight is None else leaf,
-        weights,
-        net,
-        is_leaf=lambda node: node is None,
-    )
 
 
 def _check_steps(steps: object) -> None:
