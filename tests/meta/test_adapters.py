@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.derivatives import check_first_order
+from support.lora_oracle import moved_adapters
+from support.metala_oracle import fast_adapt, small_layer, small_task, weights_of
 from support.quick import filled
 from support.tolerances import assert_close
 
@@ -19,6 +21,7 @@ from capibara_eqx.transforms import (
     Affine,
     LoRA,
     Rule,
+    dequantize,
     lora,
     quantize,
     trainable_spec,
@@ -136,3 +139,51 @@ def test_meta_gradients_equal_differences(small):
         return float(np.mean((query @ (weight + 1.5 * b @ a).T + bias - goal) ** 2))
 
     check_first_order(function, oracle, point)
+
+
+@quick
+def fast_adapted(layer, x, y, query):
+    params = layer.adapt_parameters(layer.meta_weights, x, y)
+    return params.weights, layer.apply_adapted_params(query, params)
+
+
+def arrays(task):
+    x, y, query = task
+    return (
+        jnp.asarray(x, "float32"),
+        jnp.asarray(y, "int32"),
+        jnp.asarray(query, "float32"),
+    )
+
+
+ENCODER = "net/.*_proj/weight"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["anil", "ridge"])
+def test_heads_adapt_to_features_of_codes(method):
+    layer = small_layer(method, 1)
+    small, _ = quantize(layer, [Rule(ENCODER, Affine(4, group_size=3))])
+    task = small_task("label", 1)
+    _, got = fast_adapted(small, *arrays(task))
+    want = fast_adapt(layer, weights_of(dequantize(small)), *task)
+    assert_close(got, want, dtype="float32", length=200)
+
+
+@pytest.mark.slow
+def test_of_an_encoder_adapters_or_no_codes_adapt():
+    layer = small_layer("maml", 1)
+    small, _ = quantize(layer, [Rule(ENCODER, Affine(4, group_size=3))])
+    every = weights_of(layer.meta_weights)
+    names = {name for name in every if "proj/weight" not in name}
+    assert set(weights_of(small.meta_weights)) == names
+    both, _ = lora(small, [Rule(ENCODER, LoRA(1))], key=jax.random.key(0))
+    both = moved_adapters(both, 2)
+    start = both.meta_weights
+    for name in weights_of(start):
+        assert name.startswith("head/") or name.endswith(("weight/a", "weight/b"))
+    after, got = fast_adapted(both, *arrays(small_task("label", 1)))
+    assert np.all(np.isfinite(got))
+    assert jax.tree.structure(after) == jax.tree.structure(start)
+    for name, value in weights_of(after).items():
+        assert np.any(value != weights_of(start)[name]), name

@@ -11,6 +11,7 @@ from support.messages import refused
 from support.metala_oracle import small_layer
 
 from capibara_eqx.meta import AdaptedParams, MetaLA
+from capibara_eqx.transforms import Affine, Rule, quantize
 
 
 pytestmark = pytest.mark.errors
@@ -122,3 +123,11 @@ def test_rate_that_diverges_is_reported():
     layer = eqx.tree_at(lambda layer: layer.inner_rate, LAYER, jnp.asarray(1e38))
     with pytest.raises(RuntimeError, match="not finite at step 2"):
         layer.fast_adapt(jnp.asarray(X), jnp.asarray(Y), jnp.asarray(X))
+
+
+def test_ridge_of_a_head_in_codes():
+    layer = small_layer("ridge", 0)
+    layer, _ = quantize(layer, [Rule("net/head/weight", Affine(8))])
+    x, y = jnp.asarray(X), jnp.asarray(Y)
+    with refused("net/head/weight", "AffineArray", "rules"):
+        eqx.filter_eval_shape(layer.fast_adapt, x, y, x)

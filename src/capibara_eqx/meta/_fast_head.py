@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from ..arrays import AbstractWeight
 from ..internal import check_sequence, promote_dtypes
 from ..layers import Linear
 from ..layers._id_range import ids_in_range
@@ -41,6 +42,12 @@ def ridge_fit(
     which is plain ridge regression of what `head` leaves over. Labels are rows of the
     identity, and the result is multiplied by a scale then, to serve as logits.
     """
+    if isinstance(head.weight, AbstractWeight):
+        raise ValueError(
+            "MetaLA: method='ridge' computes the weight of the head, which is a "
+            f"{type(head.weight).__name__} here. Leave `net/head/weight` out of the "
+            "rules."
+        )
     z = features.reshape(-1, features.shape[-1])
     labels = not jnp.issubdtype(targets.dtype, jnp.floating)
     if labels:

@@ -15,6 +15,7 @@ from ..internal import (
     split_or_none,
 )
 from ..layers import Linear, RMSNorm
+from ..transforms import trainable_spec
 from ._adapt import adapt
 from ._fast_head import Targets, check_examples, check_targets, fit_loss, ridge_fit
 from ._few_shot_net import (
@@ -24,7 +25,6 @@ from ._few_shot_net import (
     arrays_like,
     check_like,
 )
-from ._selection import only
 from ._sgd import sgd
 
 
@@ -173,11 +173,11 @@ class MetaLA(eqx.Module):
         """The start of what adapts: arrays, and `None` for what does not.
 
         A PyTree for `jax.grad` and optax: of encoder and head with `method="maml"`,
-        else of the head.
+        else of the head. Of either it is what `transforms.trainable_spec` chooses: all
+        floating point arrays, but adapters alone if there are any, and no steps of
+        weights that are kept as codes.
         """
-        if self.method == "maml":
-            return eqx.filter(self.net, eqx.is_inexact_array)
-        return eqx.filter(self.net, only(self.net, lambda net: net.head))
+        return eqx.filter(self.net, self._adapts())
 
     def with_meta_weights(self, meta_weights: FewShotNet) -> "MetaLA":
         """The layer with another start, such as one that was learned.
@@ -305,7 +305,8 @@ class MetaLA(eqx.Module):
             x, targets = batch
             return fit_loss(net(x, pooled=pooled, key=key), targets)
 
-        return adapt(loss, net, (x, targets), key=key, **self._how())
+        where = self._adapts()
+        return adapt(loss, net, (x, targets), key=key, where=where, **self._how())
 
     def _fit_head(self, head: Linear, z: Array, targets: Targets) -> Linear:
         if self.log_lambda is not None and self.log_scale is not None:
@@ -315,7 +316,19 @@ class MetaLA(eqx.Module):
             z, targets = batch
             return fit_loss(head(z), targets)
 
-        return adapt(loss, head, (z, targets), **self._how())
+        where = self._adapts().head
+        return adapt(loss, head, (z, targets), where=where, **self._how())
+
+    def _adapts(self):
+        """True for the arrays that do."""
+        net = self.net
+        mask = jax.tree.map(lambda _: False, net)
+        mask = eqx.tree_at(lambda net: net.head, mask, trainable_spec(net.head))
+        if self.method != "maml":
+            return mask
+        # Together, so that adapters of the encoder leave its norm alone.
+        rest = trainable_spec((net.encoder, net.norm))
+        return eqx.tree_at(lambda net: (net.encoder, net.norm), mask, rest)
 
     def _how(self):
         return {"optimizer": sgd(self.inner_rate), "steps": self.adaptation_steps}
