@@ -2,6 +2,7 @@ from ._adapt import adapt as adapt
 from ._adapt import adapt_trajectory as adapt_trajectory
 from ._cavia import WithContext as WithContext
 from ._cavia import cavia as cavia
+from ._few_shot_net import AdaptedParams as AdaptedParams
 from ._imaml import imaml as imaml
 from ._implicit_adapt import implicit_adapt as implicit_adapt
 from ._maml import maml as maml
@@ -12,6 +13,7 @@ from ._meta_sgd import meta_sgd as meta_sgd
 from ._meta_step import MetaState as MetaState
 from ._meta_step import init_meta_state as init_meta_state
 from ._meta_step import make_meta_step as make_meta_step
+from ._metala import MetaLA as MetaLA
 from ._prototypes import protonet as protonet
 from ._prototypes import prototype_logits as prototype_logits
 from ._prototypes import prototypes as prototypes
