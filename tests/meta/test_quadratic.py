@@ -116,8 +116,9 @@ def found():
         support = jax.tree.map(lambda leaf: leaf[0], tasks.support)
         query = jax.tree.map(lambda leaf: leaf[0], tasks.query)
 
-        def to_support(support):
-            return maml(loss, **how)(model, Task(support, query))
+        def to_support(support, first_order=False):
+            task_loss = maml(loss, **how, first_order=first_order)
+            return task_loss(model, Task(support, query))
 
         def after_adam(model):
             adapted = adapt(loss, model, dead, optimizer=safe_adam(0.1), steps=3)
@@ -126,6 +127,7 @@ def found():
         momentum = optax.sgd(0.2, momentum=0.9)
         return gradients, {
             "to support": jax.grad(to_support)(support),
+            "not to support": jax.grad(to_support)(support, True),
             "path": adapt_trajectory(loss, model, support, **how),
             "adapted": adapt(loss, model, support, **how),
             "no steps": adapt(loss, model, support, optimizer=sgd(0.2), steps=0),
@@ -200,6 +202,9 @@ def test_gradients_reach_the_support_set():
     want = (np.eye(SIZE) - factor) @ OUTER[0].slope(end)
     _, centre = found()[1]["to support"]
     assert_close(centre, want, dtype="float64", length=50)
+    # Inner gradients of the first order are constants, whatever they depend on.
+    for gradient in found()[1]["not to support"]:
+        np.testing.assert_array_equal(gradient, np.zeros_like(gradient))
 
 
 def test_momentum_is_carried_over_the_steps():
