@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import optax
 import pytest
 from jaxtyping import Array, Float
+from support.quick import filled
 
-from capibara_eqx import arrays, kernels, layers, models, transforms
+from capibara_eqx import arrays, kernels, layers, meta, models, transforms
 
 
 # By the module too: kernels and layers have a `causal_conv` each.
 PUBLIC = {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
-    for module in (arrays, kernels, layers, models, transforms)
+    for module in (arrays, kernels, layers, meta, models, transforms)
     for name in dir(module)
     # No modules, and no unions of types.
     if not name.startswith("_") and callable(getattr(module, name))
@@ -37,6 +38,7 @@ RESULTS = (
     "MambaMetrics",
     "MambaOutput",
     "MambaCache",
+    "MetaState",
     "S5Cache",
     "SSMStatus",
     "Cost",
@@ -114,6 +116,36 @@ def before(name: str) -> dict[str, Any]:
     return {}
 
 
+class Headed(eqx.Module):
+    """A model with a head, for inner loops."""
+
+    body: layers.Linear
+    head: layers.Linear
+
+    def __call__(self, x):
+        return self.head(jnp.tanh(self.body(x)))
+
+
+def inner_loops() -> dict[str, Any]:
+    """What the examples of `meta` take as given."""
+    body = filled(layers.Linear, 1, 3, seed=0, size=1.0)
+    model = Headed(body, filled(layers.Linear, 3, 1, seed=1, size=1.0))
+    x = jnp.linspace(-1, 1, 10)[:, None]
+    support, query = (x[:5], x[:5] ** 2), (x[5:], x[5:] ** 2)
+    task = meta.Task(support, query)
+
+    def loss(model, batch, *, key=None):
+        x, y = batch
+        return jnp.mean((model(x) - y) ** 2)
+
+    return {
+        **{"model": model, "loss": loss, "x": x, "y": x**2, "epoch": 3},
+        **{"support": support, "query": query, "task": task},
+        "tasks": jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), task),
+        "task_loss": meta.maml(loss, optimizer=meta.sgd(0.1), steps=1),
+    }
+
+
 # Run as they stand, so that every operation is compiled by itself.
 LONG = (
     "AbstractSequenceMixer",
@@ -130,9 +162,17 @@ LONG = (
     "S4D",
     "S5",
     "UltraSSM",
+    "adapt",
+    "adapt_trajectory",
     "attention",
     "create_ssm_config",
     "experts",
+    "make_meta_step",
+    "maml",
+    "meta_sgd",
+    "meta_value_and_grad",
+    "safe_adam",
+    "sgd",
     "validate_ssm_system",
     "SparseCapibara",
     "dequantize",
@@ -161,5 +201,7 @@ def test_the_example_runs(name):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for example in examples:
             shown = {name.partition(".")[2]: PUBLIC[name]}
-            known = surroundings() | before(name.partition(".")[2])
+            known = surroundings()
+            known |= inner_loops() if name.startswith("meta.") else {}
+            known |= before(name.partition(".")[2])
             exec(textwrap.dedent(example), known | shown)

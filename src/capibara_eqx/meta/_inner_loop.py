@@ -8,6 +8,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -106,16 +107,29 @@ def call_loss(
     Without a key there is none to pass, so that losses need not have the argument.
     """
     found = loss(model, batch) if key is None else loss(model, batch, key=key)
+    return check_loss(function, found)
+
+
+def check_loss(function: str, found: Any) -> Float[Array, ""]:
+    """`found`, what a loss returned; `ValueError` unless it is one real number."""
     kind = getattr(found, "dtype", type(found))
     shape = getattr(found, "shape", None)
     if shape != () or not jnp.issubdtype(kind, jnp.floating):
         what = type(found).__name__ if shape is None else f"{kind} of shape {shape}"
         raise ValueError(
             f"{function}: `loss` must return one real number, an array of shape (), "
-            f"got {what}. Take the mean over the batch; what else is returned belongs "
-            "to a function of its own."
+            f"got {what}. Take the mean over the batch, and return nothing else."
         )
     return found
+
+
+def check_optimizer(function: str, optimizer: Any) -> None:
+    """Raise `ValueError` unless `optimizer` is a transformation of optax."""
+    if not isinstance(optimizer, optax.GradientTransformation):
+        raise ValueError(
+            f"{function}: `optimizer` must be an optax.GradientTransformation, got "
+            f"{type(optimizer).__name__}. Pass `meta.sgd(0.1)` or `optax.sgd(0.1)`."
+        )
 
 
 def check_batch(function: str, argument: str, batch: PyTree) -> None:
@@ -131,18 +145,15 @@ def check_batch(function: str, argument: str, batch: PyTree) -> None:
 
 
 def _check(function, optimizer, steps, first_order, remat) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+    whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
+    if not whole or steps < 0:
         raise ValueError(
             f"{function}: `steps` must be a whole number, 0 or more, got {steps!r}. "
             "It is known while compiling: not an array."
         )
     check_flag("first_order", first_order)
     check_choice("remat", remat, REMAT)
-    if not isinstance(optimizer, optax.GradientTransformation):
-        raise ValueError(
-            f"{function}: `optimizer` must be an optax.GradientTransformation, got "
-            f"{type(optimizer).__name__}. Pass `meta.sgd(0.1)` or `optax.sgd(0.1)`."
-        )
+    check_optimizer(function, optimizer)
 
 
 def _finite(function: str, params: PyTree, values: Float[Array, " steps"]) -> PyTree:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..internal import split_or_none
+from ..internal import check_size, split_or_none
 from ._adapt import adapt, adapt_trajectory
 from ._inner_loop import call_loss, check_batch
 from ._selection import split
@@ -79,7 +79,10 @@ def maml(
         _check_weights(weights, steps)
         inner_key, query_key = split_or_none(key, 2)
         path = adapt_trajectory(loss, model, task.support, key=inner_key, **how)
-        moved, fixed = split("maml", path, where)
+        # `where` may ask for the shape of a leaf, which is that of the model.
+        params, _ = split("maml", model, where)
+        moves = jax.tree.map(eqx.is_array, params, is_leaf=lambda node: node is None)
+        moved, fixed = eqx.partition(path, moves)
 
         def judge(params):
             model = eqx.combine(params, fixed)
@@ -112,6 +115,10 @@ def multi_step_weights(
 
     `(steps,)`; they add up to 1.
 
+    **Raises:**
+
+    `ValueError` for `steps` that are not positive.
+
     !!! example
 
         ```python
@@ -119,11 +126,17 @@ def multi_step_weights(
         task_loss = maml(loss, optimizer=sgd(0.1), steps=5, step_weights=weights)
         ```
     """
+    check_size("steps", steps)
     share = jnp.maximum(1 - jnp.asarray(progress, float), 0.03) / steps
     return jnp.full(steps, share).at[-1].set(1 - (steps - 1) * share)
 
 
 def _check_weights(weights, steps) -> None:
+    if steps == 0:
+        raise ValueError(
+            "maml: `step_weights` are of the losses after each step, and `steps` is 0. "
+            "Leave them out, or take a step."
+        )
     if weights.shape != (steps,):
         raise ValueError(
             f"maml: `step_weights` must have one weight for each of {steps} steps, got "

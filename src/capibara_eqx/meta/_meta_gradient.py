@@ -5,9 +5,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import PRNGKeyArray, PyTree
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from ..internal import check_flag
+from ._inner_loop import check_loss
 from ._selection import split
 
 
@@ -43,8 +46,9 @@ def meta_value_and_grad(
 
     **Raises:**
 
-    `ValueError` for tasks that are none or not equally many in all arrays; when
-    called, for a `where` that chooses nothing.
+    `ValueError` for tasks that are none, no arrays or not equally many in all arrays;
+    when called, for a `where` that chooses nothing or a `loss` that is not one real
+    number.
 
     !!! example
 
@@ -55,19 +59,19 @@ def meta_value_and_grad(
     """
     check_flag("has_aux", has_aux)
     count = _count(tasks)
-    keys = None if key is None else jax.random.split(key, count)
+    keys = None if key is None else _keys(key, tasks, count)
 
     def mean_loss(params, rest):
         model = eqx.combine(params, rest)
 
         def one(task, key):
-            return loss(model, task) if key is None else loss(model, task, key=key)
+            found = loss(model, task) if key is None else loss(model, task, key=key)
+            value, aux = _with_aux(found) if has_aux else (found, None)
+            return check_loss("meta_value_and_grad", value), aux
 
-        found = jax.vmap(one)(tasks, keys)
-        if has_aux:
-            losses, aux = found
-            return jnp.mean(losses), aux
-        return jnp.mean(found)
+        losses, aux = jax.vmap(one)(tasks, keys)
+        value = jnp.mean(losses)
+        return (value, aux) if has_aux else value
 
     def value_and_grad(model):
         params, rest = split("meta_value_and_grad", model, where)
@@ -76,12 +80,40 @@ def meta_value_and_grad(
     return value_and_grad
 
 
+def _keys(key: PRNGKeyArray, tasks: PyTree, count: int) -> Array:
+    """A key for each task; where the task lies, if its type says so, as `vmap` asks."""
+    keys = jax.random.split(key, count)
+    for leaf in jax.tree.leaves(tasks):
+        where = jax.typeof(leaf).sharding
+        if where.spec[0] is not None:
+            return jax.sharding.reshard(
+                keys, NamedSharding(where.mesh, P(where.spec[0]))
+            )
+    return keys
+
+
+def _with_aux(found: Any) -> tuple[Any, Any]:
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(
+            "meta_value_and_grad: `loss` must return (loss, aux) with has_aux=True, "
+            f"got {type(found).__name__}."
+        )
+    return found
+
+
 def _count(tasks: PyTree) -> int:
-    shapes = {
-        jtu.keystr(path): leaf.shape
+    leaves = {
+        "tasks" + jtu.keystr(path): leaf
         for path, leaf in jtu.tree_leaves_with_path(tasks)
-        if eqx.is_array_like(leaf) and hasattr(leaf, "shape")
     }
+    others = [name for name, leaf in leaves.items() if not hasattr(leaf, "shape")]
+    if others:
+        raise ValueError(
+            "meta_value_and_grad: `tasks` must hold arrays and nothing else, "
+            f"`{others[0]}` is of type {type(leaves[others[0]]).__name__}. What all "
+            "tasks share belongs to the loss."
+        )
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
     if not shapes or any(0 in shape for shape in shapes.values()):
         raise ValueError(
             "meta_value_and_grad: `tasks` must hold arrays with at least one task and "

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from ._inner_loop import check_optimizer
 from ._meta_gradient import meta_value_and_grad
 from ._selection import split
 
@@ -32,12 +33,17 @@ def init_meta_state(
     - `model`, `optimizer`: of the outer loop.
     - `where`: as for `make_meta_step`.
 
+    **Raises:**
+
+    `ValueError` for a `where` that chooses nothing, or an `optimizer` that is none.
+
     !!! example
 
         ```python
         state = init_meta_state(model, optax.adam(1e-3))
         ```
     """
+    check_optimizer("init_meta_state", optimizer)
     params, _ = split("init_meta_state", model, where)
     return MetaState(model, optimizer.init(params), jnp.zeros((), jnp.int32))
 
@@ -66,7 +72,8 @@ def make_meta_step(
 
     **Raises:**
 
-    When called, what `meta_value_and_grad` and `loss` raise.
+    `ValueError` for an `optimizer` that is none; when called, what
+    `meta_value_and_grad` and `loss` raise.
 
     !!! example
 
@@ -77,21 +84,36 @@ def make_meta_step(
         state, value = step(state, tasks)
         ```
     """
+    check_optimizer("make_meta_step", optimizer)
+    takes_any = optax.with_extra_args_support(optimizer)
 
     @eqx.filter_jit
     def step(state, tasks, key=None):
         differentiate = meta_value_and_grad(
             loss, tasks, where=where, has_aux=has_aux, key=key
         )
-        value, grads = differentiate(state.model)
+        found, grads = differentiate(state.model)
         # Of a complex number jax gives the conjugate of the way up.
         grads = jax.tree.map(jnp.conj, grads)
         params, rest = split("make_meta_step", state.model, where)
+
+        def value_of(found):
+            return found[0] if has_aux else found
+
         # optax's Adam raises a float to an integer power; strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, params)
+            updates, opt_state = takes_any.update(
+                grads,
+                state.opt_state,
+                params,
+                value=value_of(found),
+                grad=grads,
+                value_fn=lambda params: value_of(
+                    differentiate(eqx.combine(params, rest))[0]
+                ),
+            )
             params = optax.apply_updates(params, updates)
         model = eqx.combine(params, rest)
-        return MetaState(model, opt_state, state.step + 1), value
+        return MetaState(model, opt_state, state.step + 1), found
 
     return step

@@ -21,8 +21,10 @@ def safe_adam(
 
     Kingma and Ba, arXiv 1412.6980. The root has no derivative at 0. A weight whose
     gradient is zero on the whole support set, as under a ReLU that is off, makes outer
-    gradients NaN in `optax.adam`, `adamw`, `nadam`, `radam`, `amsgrad`, `lamb`,
-    `adafactor` and others, unless $\epsilon_r$ is positive.
+    gradients NaN in `optax.adam`, `adamw`, `nadam`, `nadamw`, `radam`, `amsgrad`,
+    `lamb`, `adafactor`, `optimistic_adam` and `optimistic_adam_v2`, unless
+    $\epsilon_r$ is positive. Gradients much smaller than $\sqrt{\epsilon_r}$ make
+    smaller steps than those of Adam.
 
     **Arguments:**
 

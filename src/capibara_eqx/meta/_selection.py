@@ -56,9 +56,9 @@ def split(
         chosen, _ = eqx.partition(model, where)
     except ValueError as error:
         raise ValueError(
-            f"{function}: `{argument}` must be a function of a leaf or a PyTree of "
-            "booleans that begins like the model; its structure is another. Make it "
-            "with `meta.only(model, lambda model: model.head)`."
+            f"{function}: `{argument}` must be a function of a leaf, or a PyTree of "
+            "booleans that begins like the model, and is neither. Make it with "
+            "`meta.only(model, lambda model: model.head)`."
         ) from error
     params = eqx.filter(chosen, eqx.is_inexact_array)
     if not jax.tree.leaves(params):

@@ -152,7 +152,11 @@ def _check(rates: PyTree, params: PyTree, per_step: bool) -> None:
         kept = shape[1:] if per_step else shape
         for name in wanted if _is_single(rates) else [path]:
             if not _broadcasts(kept, wanted[name].shape):
-                hint = "" if per_step else " Is its first axis that of steps?"
+                hint = (
+                    ""
+                    if per_step
+                    else " If its first axis is of steps, pass per_step=True."
+                )
                 raise ValueError(
                     f"sgd: `rates`{_at(path)} must broadcast to the parameter "
                     f"{name!r} of shape {wanted[name].shape}, got shape {kept}"
