@@ -117,6 +117,7 @@ def adapting(name, *, forward):
             check(gradient @ across, central(value_of, point, across))
 
 
+@pytest.mark.slow
 def test_adapting_through_mamba():
     adapting("mamba", forward=False)
 
