@@ -1,3 +1,4 @@
+from . import tasks as tasks
 from ._adapt import adapt as adapt
 from ._adapt import adapt_trajectory as adapt_trajectory
 from ._maml import maml as maml
