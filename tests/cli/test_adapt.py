@@ -128,6 +128,7 @@ class TestErrors:
             ("--iterations=0", "positive"),
             ("--shots=0", "positive"),
             ("--shots=-1", "positive"),
+            ("--shots=1001", "between 1 and 1000"),
             ("--seed=-1", "between 0"),
         ],
     )

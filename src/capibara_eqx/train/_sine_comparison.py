@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ..internal import check_choice, check_seed, check_size
+from ..internal import check_choice, check_range, check_seed, check_size
 from ..meta import Task, adapt_trajectory, init_meta_state, make_meta_step
 from ..meta.tasks import sample_sinusoids
 from ._sine_learners import (
@@ -50,8 +50,8 @@ class SineConfig:
 
     **Raises:**
 
-    `ValueError` for sizes that are not positive, a seed that is none, an unknown
-    method or none.
+    `ValueError` for sizes that are not positive, more than 1000 shots, a seed that is
+    none, an unknown method or none.
     """
 
     iterations: int = 2000
@@ -62,6 +62,7 @@ class SineConfig:
     def __post_init__(self):
         check_size("iterations", self.iterations)
         check_size("shots", self.shots)
+        check_range("shots", self.shots, least=1, most=1000)
         check_seed("seed", self.seed)
         if not self.methods:
             raise ValueError("`methods` must name at least one method, got none.")

@@ -32,7 +32,9 @@ def test_omniglot_is_read(tmp_path):
     np.testing.assert_array_equal(pool.starts, [0, 4, 8])
     assert pool.x.dtype == jnp.float32
     np.testing.assert_allclose(
-        pool.x, drawings.reshape(12, 5, 6) / 255, rtol=2 * np.finfo(np.float32).eps
+        pool.x,
+        drawings.reshape(12, 5, 6) / 255,
+        rtol=2 * float(np.finfo(np.float32).eps),
     )
 
 

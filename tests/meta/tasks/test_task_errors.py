@@ -1,5 +1,7 @@
 """What samplers, pools and splits refuse, and what they say."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -45,8 +47,9 @@ def test_sizes(name, bad, pool):
 
 
 def test_grid_is_a_flag():
+    flag: Any = 1
     with refused("`grid` must be True or False", "1"):
-        sample_sinusoids(KEY, **SINES, grid=1)
+        sample_sinusoids(KEY, **SINES, grid=flag)
 
 
 def test_more_classes_than_there_are(pool):
