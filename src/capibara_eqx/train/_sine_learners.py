@@ -75,7 +75,11 @@ def model_and_rates(method: str, learner: PyTree) -> tuple[SineModel, PyTree]:
     rates = rates_like(learner, INNER_RATE, per="element")
     if method == "anil":
         # A rate of zero is a parameter that does not adapt.
-        rates = jax.tree.map(lambda rate, adapts: rate * adapts, rates, _head(learner))
+        rates = jax.tree.map(
+            lambda rate, adapts: rate if adapts else jnp.zeros_like(rate),
+            rates,
+            _head(learner),
+        )
     return learner, rates
 
 
