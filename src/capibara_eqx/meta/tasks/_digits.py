@@ -25,4 +25,4 @@ def digits() -> ClassPool:
         ```
     """
     x, labels = require_extra("sklearn.datasets", "meta").load_digits(return_X_y=True)
-    return ClassPool.init(np.float32(x / 16), labels)
+    return ClassPool.init((x / 16).astype(np.float32), labels)
