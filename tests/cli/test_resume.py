@@ -145,6 +145,11 @@ def test_demo_end_to_end(tmp_path):
     assert summary["sample"]
     for name in (*references, "this model"):
         assert name.replace("_", " ") in done.stdout
+    # The second part: learning to adapt, beside what is learned by plain training.
+    assert (out / "adaptation.png").read_bytes().startswith(b"\x89PNG")
+    methods = json.loads((out / "adaptation.json").read_text())["methods"]
+    assert list(methods) == ["random", "joint", "maml"]
+    assert methods["maml"]["mse"][-1] < methods["joint"]["mse"][-1]
     command = [sys.executable, "-m", "capibara_eqx.cli", "generate"]
     done = run_command(*command, out, "--prompt=def ", "--max-new-bytes=20")
     assert done.returncode == 0, done.stdout

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..internal import require_extra
-from ..train import NonFiniteLossError
+from ..train import NonFiniteLossError, SineConfig
+from ._adapt import run_adapt
 from ._console import fail
+from ._demo import run_demo
 from ._generate import run_generate
 from ._info import run_info
 from ._quantize import run_quantize
@@ -54,18 +56,20 @@ def _message(error: Exception) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="capibara",
-        description="Train, sample and inspect byte-level Mamba language models.",
+        description="Train, sample and inspect byte-level Mamba language models; "
+        "compare ways to learn to adapt.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
         "demo",
-        help="train on Python's own library for 90 seconds and show what comes out",
+        help="train on Python's own library for 90 seconds and show what comes out; "
+        "then learn to adapt to sines",
     )
     demo.add_argument("--out", metavar="FOLDER", help="run folder (default: runs/DATE)")
     add_settings(demo, _DEMO)
-    demo.set_defaults(run_command=run_train, resume=None, defaults=_DEMO)
+    demo.set_defaults(run_command=run_demo, resume=None, defaults=_DEMO)
 
     train = commands.add_parser(
         "train", help="train on a text file or folder, or continue a run"
@@ -96,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     quantize.set_defaults(run_command=run_quantize, needs=("rich", "orbax.checkpoint"))
 
+    adapt = commands.add_parser(
+        "adapt",
+        help="learn to adapt: MAML and others on sines, against joint training",
+    )
+    _add_adapt(adapt)
+
     info = commands.add_parser(
         "info", help="show the model of a run and its result, or the kernels"
     )
@@ -112,6 +122,30 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(needs=("rich", "orbax.checkpoint"))
     info.set_defaults(needs=("rich",))
     return parser
+
+
+def _add_adapt(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="new folder (default: runs/DATE)"
+    )
+    parser.add_argument(
+        "--iterations",
+        type=int,
+        default=SineConfig.iterations,
+        metavar="N",
+        help=f"training steps of every method (default: {SineConfig.iterations})",
+    )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=SineConfig.shots,
+        metavar="K",
+        help=f"examples of a new sine (default: {SineConfig.shots})",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of weights and tasks (default: 0)"
+    )
+    parser.set_defaults(run_command=run_adapt, needs=("rich", "matplotlib"))
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -1,3 +1,4 @@
+from . import tasks as tasks
 from ._adapt import adapt as adapt
 from ._adapt import adapt_trajectory as adapt_trajectory
 from ._cavia import WithContext as WithContext

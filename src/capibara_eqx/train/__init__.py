@@ -23,6 +23,13 @@ from ._optimizer import set_learning_rate as set_learning_rate
 from ._plots import plot_loss as plot_loss
 from ._references import reference_bits_per_byte as reference_bits_per_byte
 from ._run import RunFolder as RunFolder
+from ._sine_comparison import SINE_METHODS as SINE_METHODS
+from ._sine_comparison import SINE_STEPS as SINE_STEPS
+from ._sine_comparison import SineComparison as SineComparison
+from ._sine_comparison import SineConfig as SineConfig
+from ._sine_comparison import SineResult as SineResult
+from ._sine_folder import SineFolder as SineFolder
+from ._sine_plot import plot_adaptation as plot_adaptation
 from ._step import TrainState as TrainState
 from ._step import init_train_state as init_train_state
 from ._step import make_train_step as make_train_step

@@ -7,24 +7,29 @@ from pathlib import Path
 from typing import Any
 
 
+_RESUME = "resume the run: what its last checkpoint holds is not lost"
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Name `path` in the error, which the system leaves out of a failed write."""
+def writing(path: Path, then: str = _RESUME) -> Iterator[None]:
+    """Name `path` in the error, which the system leaves out of a failed write.
+
+    `then` is what to do after there is room to write.
+    """
     try:
         yield
     except OSError as error:
         cause = error.strerror or type(error).__name__
         raise OSError(
             f"Could not write {path}: {cause}. Free some space on that disk or make "
-            "the folder writable, then resume the run: what its last checkpoint holds "
-            "is not lost."
+            f"the folder writable, then {then}."
         ) from error
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, then: str = _RESUME) -> None:
     """Replace the file `path`; it is the old or the new one, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
-    with writing(path):
+    with writing(path, then):
         try:
             with temporary.open("w", encoding="utf-8") as file:
                 file.write(text)
@@ -36,8 +41,8 @@ def write_text(path: Path, text: str) -> None:
             raise
 
 
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, then: str = _RESUME) -> None:
+    write_text(path, json.dumps(value, indent=2) + "\n", then)
 
 
 def read_object(path: Path, remedy: str) -> dict[str, Any]:
