@@ -37,6 +37,7 @@ RESULTS = (
     "MambaMetrics",
     "MambaOutput",
     "MambaCache",
+    "MesaNetCache",
     "S5Cache",
     "SSMStatus",
     "Cost",
@@ -45,6 +46,7 @@ RESULTS = (
     "ModelOutput",
     "StateSpaceCache",
     "SparseTrainingState",
+    "TTTCache",
     "ZeroPrediction",
 )
 
@@ -125,10 +127,12 @@ LONG = (
     "LinearSSM",
     "Mamba2",
     "Mamba3",
+    "MesaNet",
     "MixtureOfRookies",
     "S4",
     "S4D",
     "S5",
+    "TTTLinear",
     "UltraSSM",
     "attention",
     "create_ssm_config",
