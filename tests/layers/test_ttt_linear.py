@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from hypothesis import strategies as st
 from support.derivatives import check_first_order, check_second_order
 from support.fast_weight_maml import check_maml
 from support.layer_cases import packed_rows, seeds
@@ -32,13 +31,17 @@ from capibara_eqx.layers._ttt import FastWeights, ttt
 
 # Mini-batches of one token, that end inside of the row, and longer than it.
 CONFIGS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
-    "default": (6, 2, 7, {"mini_batch_size": 3}),
+    "default": (6, 2, 7, {"mini_batch_size": 3, "norm_eps": 0.1}),
     "online": (3, 1, 5, {"mini_batch_size": 1, "inner_rate": 1.5}),
     "plain": (4, 1, 9, {"mini_batch_size": 4, "output_norm": False, "gate": False}),
-    "one_mini_batch": (4, 2, 5, {"qk_norm": True, "norm_eps": 1e-2}),
+    "one_mini_batch": (4, 2, 5, {"qk_norm": True}),
 }
 # Inner rates at which much is learned from a few tokens.
 SMOOTH = {"norm_eps": 0.3, "inner_rate": 1.0}
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @functools.cache
@@ -100,17 +103,24 @@ def losses(layer, seq, count):
     return loss, oracle
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("default", "float64"),
+        *(slow("default", "float32"), slow("online", "float64")),
+        *(slow("plain", "float32"), slow("plain", "float64")),
+        *(slow("one_mini_batch", "float32"), slow("one_mini_batch", "float64")),
+    ],
+)
 def test_values_and_caches_are_those_of_the_loops(name, dtype):
-    """Continued inside of a mini-batch, or after the last token of a whole one."""
+    """Continued at the start of a mini-batch, and inside of one."""
     seq = CONFIGS[name][2]
     with enable_x64(dtype == "float64"):
         layer = make(name)
         cast = {n: jnp.asarray(v, dtype) for n, v in point_of(layer, 1, seq).items()}
         rounded = {n: np.asarray(v, "float64") for n, v in cast.items()}
         run = jax.jit(lambda point, count: read(layer, point, count))
-        for count in {0, min(2, layer.mini_batch_size), layer.mini_batch_size}:
+        for count in {0, min(2, layer.mini_batch_size) - 1, layer.mini_batch_size - 1}:
             y, cache = run(cast, count)
             assert {y.dtype, cache.fast.weights.dtype} == {jnp.dtype(dtype)}
             got = (y, cache.fast.weights, cache.fast.gradient)
@@ -118,9 +128,13 @@ def test_values_and_caches_are_those_of_the_loops(name, dtype):
             assert cache.fast.count == after
             names = ("y", "weights", "gradient")
             for part, expected, label in zip(got, want, names, strict=True):
-                assert_close(part, expected, dtype=dtype, length=100, name=label)
+                # A gradient of nothing yet is compared with what it is added to.
+                terms = float(np.max(np.abs(want[1])))
+                how = {"dtype": dtype, "length": 100, "terms": terms}
+                assert_close(part, expected, **how, name=label)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_form_for_training_is_that_of_the_loops(name):
     layer = make(name)
@@ -157,28 +171,34 @@ def as_it_is(y):
     return y
 
 
-@given(seed=seeds, seq=st.sampled_from([1, 4, 7]))
-def test_one_batch_of_a_linear_model_is_linear_attention(seed, seq):
+@functools.partial(jax.jit, static_argnames="size")
+def of_a_linear_model(q, k, v, rate, start, size):
+    """Read-outs of $f(x) = W x$, without a schedule."""
+    return ttt(q, k, v, rate, jnp.ones(size), start, as_it_is)[0]
+
+
+@given(seed=seeds)
+def test_one_batch_of_a_linear_model_is_linear_attention(seed):
     """Theorem 1: from zero, with the rate 1/2, and all gradients at the start."""
     with enable_x64():
-        q, k, v, _ = (jnp.asarray(part[:seq]) for part in inner(seed))
-        rate, start = jnp.full(q.shape[:2], 0.5), jnp.zeros((2, 3, 3))
-        y, _ = ttt(q, k, v, rate, jnp.ones(seq), start, as_it_is)
+        q, k, v, _ = inner(seed)
+        rate, start = np.full(q.shape[:2], 0.5), np.zeros((2, 3, 3))
+        y = of_a_linear_model(q, k, v, rate, start, size=7)
         want = np.zeros(q.shape)
-        for t in range(seq):
+        for t in range(len(q)):
             for s in range(t + 1):
                 want[t] += np.sum(q[t] * k[s], -1, keepdims=True) * v[s]
         assert np.max(np.abs(y - want)) <= 1e-12 * max(1, np.max(np.abs(want)))
 
 
+@pytest.mark.slow
 def test_an_online_step_with_a_key_of_length_one_stores_its_value():
     """The delta rule: read at the key of the token before it comes back whole."""
     with enable_x64():
-        q, k, v, _ = map(jnp.asarray, inner(3))
-        k = k / jnp.linalg.norm(k, axis=-1, keepdims=True)
-        rate, start = jnp.full(q.shape[:2], 0.5), jnp.asarray(inner(4, (2,))[0])
-        start = jnp.broadcast_to(start[..., None], (2, 3, 3))
-        y, _ = ttt(k, k, v, rate, jnp.ones(1), start, as_it_is)
+        _, k, v, _ = inner(3)
+        k = k / np.linalg.norm(k, axis=-1, keepdims=True)
+        start = np.random.default_rng(4).standard_normal((2, 3, 3))
+        y = of_a_linear_model(k, k, v, np.full(k.shape[:2], 0.5), start, size=1)
         assert_close(y, v, dtype="float64", length=10)
 
 
@@ -186,28 +206,29 @@ def test_the_dual_form_is_the_primal_one():
     """Weights as matrices, by `jax.grad` of the loss: no formula of a gradient."""
     size, seq = 3, 8
     with enable_x64():
-        layer = make("default")
-        q, k, v, rate = map(jnp.asarray, inner(5, (seq, 2)))
+        model = make("default")._inner_norm
+        q, k, v, rate = inner(5, (seq, 2))
         rng = np.random.default_rng(6)
-        start = jnp.asarray(rng.standard_normal((2, 3, 3)))
-        schedule = jnp.asarray(rng.uniform(0.3, 1, size))
-        y, state = ttt(q, k, v, rate, schedule, start, layer._inner_norm)
+        start, schedule = rng.standard_normal((2, 3, 3)), rng.uniform(0.3, 1, size)
+        arrays = (*(q, k, v, rate), schedule, start)
+        y, state = jax.jit(lambda *arrays: ttt(*arrays, model))(*arrays)
 
         def loss(W, k, v):
-            return jnp.sum((layer._inner_norm(jnp.einsum("hio,hi->ho", W, k)) - v) ** 2)
+            return jnp.sum((model(jnp.einsum("hio,hi->ho", W, k)) - v) ** 2)
 
-        W, total, gradient = start, jnp.zeros_like(start), jax.jit(jax.grad(loss))
+        W, total, gradient = start, np.zeros_like(start), jax.jit(jax.grad(loss))
         for t in range(seq):
-            if t % size == 0:
-                W, total = W - schedule[-1] * total, jnp.zeros_like(total)
             total = total + rate[t][:, None, None] * gradient(W, k[t], v[t])
             W_t = W - schedule[t % size] * total
             want = np.einsum("hio,hi->ho", W_t, q[t])
             assert_close(y[t], want, dtype="float64", length=100, name=f"y at {t}")
+            if t % size == size - 1:
+                W, total = W_t, np.zeros_like(start)
         assert_close(state.weights, W, dtype="float64", length=100)
         assert_close(state.gradient, total, dtype="float64", length=100)
 
 
+@pytest.mark.slow
 def test_first_derivatives_through_caches():
     layer = TTTLinear(2, 1, mini_batch_size=2, **SMOOTH, key=jax.random.key(1))
     layer = moved(layer, 1)
@@ -236,13 +257,13 @@ def test_maml_through_the_layer():
     )
 
 
-def test_a_higher_rate_reads_what_was_seen():
-    """A model of a few pairs, told of them over and over, comes close to them."""
+@pytest.mark.slow
+def test_what_is_told_over_and_over_is_learned():
+    """Two pairs in three dimensions: errors go to zero."""
     with enable_x64():
-        _, k, v, _ = map(jnp.asarray, inner(8, (2, 1)))
-        k, v = jnp.tile(k, (40, 1, 1)), jnp.tile(v, (40, 1, 1))
-        rate = jnp.full(k.shape[:2], 0.1)
-        start = jnp.zeros((1, 3, 3))
-        y, _ = ttt(k, k, v, rate, jnp.ones(2), start, as_it_is)
-        error = jnp.sum((y - v) ** 2, axis=(1, 2))
-        assert error[-1] < 0.01 * error[0]
+        _, k, v, _ = inner(8, (2, 1))
+        k, v = np.tile(k, (60, 1, 1)), np.tile(v, (60, 1, 1))
+        rate, start = np.full(k.shape[:2], 0.1), np.zeros((1, 3, 3))
+        error = of_a_linear_model(k, k, v, rate, start, size=2) - v
+        sizes = np.sum(error**2, axis=(1, 2))
+        assert np.max(sizes[-2:]) < 1e-3 * np.min(sizes[:2])

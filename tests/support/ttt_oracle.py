@@ -103,9 +103,6 @@ def ttt_row(
     W, b, dW, db = W.copy(), b.copy(), dW.copy(), db.copy()
     y = np.zeros((len(x), n_heads, d))
     for t, token in enumerate(x):
-        if count == size:
-            W, b = W - factors[-1] * dW, b - factors[-1] * db
-            dW, db, count = np.zeros_like(dW), np.zeros_like(db), 0
         q, k, v = (
             (p[f"{name}_proj.weight"] @ token).reshape(n_heads, d) for name in "qkv"
         )
@@ -122,6 +119,9 @@ def ttt_row(
             W_t, b_t = W[h] - factors[count] * dW[h], b[h] - factors[count] * db[h]
             y[t, h] = q_h + norm_and_jacobian(W_t @ q_h + b_t, *how)[0]
         count += 1
+        if count == size:
+            W, b = W - factors[-1] * dW, b - factors[-1] * db
+            dW, db, count = np.zeros_like(dW), np.zeros_like(db), 0
     y = y.reshape(len(x), n_heads * d)
     if "norm.weight" in p:
         y = layer_norm(y, p["norm.weight"], p["norm.bias"], known.norm_eps)

@@ -26,8 +26,7 @@ class FastWeights(eqx.Module):
     """Models in the middle of a mini-batch.
 
     The weights that it started with, the sum of its gradients, each times the rate of
-    its token, and how many tokens of it were read: up to a whole mini-batch, which the
-    next token closes.
+    its token, and how many tokens of it were read. A whole one is taken in at once.
     """
 
     weights: Float[Array, "*batch n_heads d_in d_out"]
@@ -146,7 +145,6 @@ def _typed(state: FastWeights, tokens: _Tokens) -> FastWeights:
 def _chunk(rules: _Rules, state: FastWeights, tokens: _Tokens):
     """Reads a chunk, which is no longer than a mini-batch."""
     q, k, last = tokens.q, tokens.k, rules.schedule[-1]
-    state = _closed(state, rules)
     part, slot = _places(state.count, tokens, rules.schedule.shape[0])
     factor = rules.schedule[slot]
     rate = jnp.where(tokens.valid[..., None], tokens.rate, 0)[..., None]
@@ -179,7 +177,7 @@ def _chunk(rules: _Rules, state: FastWeights, tokens: _Tokens):
     y = starting(q) - _attend(q, k, weights, error)
     if not rules.aligned:
         y = y - _scaled(before, _product(q, state.gradient))
-    return _after(rules, state, tokens, part, error), y
+    return _closed(_after(rules, state, tokens, part, error), rules), y
 
 
 def _crosses(rules: _Rules, tokens: _Tokens) -> bool:
@@ -188,7 +186,7 @@ def _crosses(rules: _Rules, tokens: _Tokens) -> bool:
 
 
 def _closed(state: FastWeights, rules: _Rules) -> FastWeights:
-    """At the start of a new mini-batch if the last one was read whole."""
+    """At the start of a new mini-batch if one was read whole."""
     full = state.count >= rules.schedule.shape[0]
     stepped = state.weights - rules.schedule[-1] * state.gradient
     return FastWeights(
