@@ -36,8 +36,8 @@ CONFIGS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "plain": (4, 1, 9, {"mini_batch_size": 4, "output_norm": False, "gate": False}),
     "one_mini_batch": (4, 2, 5, {"qk_norm": True}),
 }
-# Inner rates at which much is learned from a few tokens.
-SMOOTH = {"norm_eps": 0.3, "inner_rate": 1.0}
+# Such that differences of the loops are good to many digits.
+SMOOTH = {"norm_eps": 1.0, "inner_rate": 0.5}
 
 
 def slow(*values):
@@ -240,7 +240,7 @@ def test_first_derivatives_through_caches():
 def test_second_derivatives_through_caches(size):
     layer = TTTLinear(2, 1, mini_batch_size=size, **SMOOTH, key=jax.random.key(2))
     layer = moved(layer, 2)
-    check_second_order(*losses(layer, 3, 1), point_of(layer, 3, 3))
+    check_second_order(*losses(layer, 3, size // 2), point_of(layer, 3, 3))
 
 
 @pytest.mark.slow
