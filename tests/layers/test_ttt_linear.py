@@ -37,7 +37,7 @@ CONFIGS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "one_mini_batch": (4, 2, 5, {"qk_norm": True}),
 }
 # Such that differences of the loops are good to many digits.
-SMOOTH = {"norm_eps": 1.0, "inner_rate": 0.5}
+SMOOTH: dict[str, Any] = {"norm_eps": 1.0, "inner_rate": 0.5}
 
 
 def slow(*values):
@@ -64,22 +64,24 @@ def point_of(layer, seed, seq):
     }
 
 
+def joined(weights, bias):
+    """How the layer holds them: the bias as a row behind those of the inputs."""
+    return jnp.concatenate([jnp.swapaxes(weights, -1, -2), bias[:, None]], axis=1)
+
+
 def read(layer, point, count):
     """Outputs and new cache at a point, from the layer, `count` tokens on."""
-    state = [
-        jnp.concatenate([jnp.swapaxes(W, -1, -2), b[:, None]], axis=1)
-        for W, b in ((point["W"], point["b"]), (point["dW"], point["db"]))
-    ]
-    cache = eqx.tree_at(
-        lambda c: c.fast,
-        layer.init_cache(),
-        FastWeights(*state, jnp.asarray(count, "int32")),
+    fast = FastWeights(
+        joined(point["W"], point["b"]),
+        joined(point["dW"], point["db"]),
+        jnp.asarray(count, "int32"),
     )
+    cache = eqx.tree_at(lambda c: c.fast, layer.init_cache(), fast)
     return with_parameters(layer, point).prefill(point["x"], cache)
 
 
 def read_by_loops(layer, point, count):
-    before = Learned(*(point[name] for name in ("W", "b", "dW", "db")), count)
+    before = Learned(point["W"], point["b"], point["dW"], point["db"], count)
     y, after = ttt_row(point, point["x"], settings(layer), before)
     return y, as_state(after.W, after.b), as_state(after.dW, after.db), after.count
 
@@ -210,8 +212,8 @@ def test_the_dual_form_is_the_primal_one():
         q, k, v, rate = inner(5, (seq, 2))
         rng = np.random.default_rng(6)
         start, schedule = rng.standard_normal((2, 3, 3)), rng.uniform(0.3, 1, size)
-        arrays = (*(q, k, v, rate), schedule, start)
-        y, state = jax.jit(lambda *arrays: ttt(*arrays, model))(*arrays)
+        run = jax.jit(functools.partial(ttt, model=model))
+        y, state = run(q, k, v, rate, schedule, start)
 
         def loss(W, k, v):
             return jnp.sum((model(jnp.einsum("hio,hi->ho", W, k)) - v) ** 2)

@@ -86,7 +86,7 @@ def ttt(
     dtype = accumulator_dtype(*(v.dtype for v in (q, k, target, rate, start)))
     # Where nothing was read before, chunks are mini-batches: the form for training.
     aligned = state is None and valid is None
-    state = start_fast_weights(start, tuple(batch)) if state is None else state
+    before = start_fast_weights(start, tuple(batch)) if state is None else state
     valid = jnp.ones((*batch, seq), jnp.bool_) if valid is None else valid
 
     def chunked(v) -> Any:
@@ -102,16 +102,16 @@ def ttt(
     tokens = _Tokens(*map(chunked, (*wide, valid, restart)))
     rules = _Rules(schedule.astype(dtype), start.astype(dtype), model, aligned)
     read = partial(_chunk, rules)
-    state = jax.tree.map(lambda v: v.reshape(rows, *v.shape[len(batch) :]), state)
-    state = _typed(state, tokens)
+    before = jax.tree.map(lambda v: v.reshape(rows, *v.shape[len(batch) :]), before)
+    before = _typed(before, tokens)
     if chunks == 1:
-        state, y = read(state, jax.tree.map(lambda v: v[0], tokens))
+        after, y = read(before, jax.tree.map(lambda v: v[0], tokens))
     else:
-        state, y = jax.lax.scan(jax.checkpoint(read), state, tokens)
+        after, y = jax.lax.scan(jax.checkpoint(read), before, tokens)
         y = jnp.moveaxis(y, 0, 1)
     y = y.reshape(rows, chunks * length, *target.shape[-2:])[:, :seq]
-    state = jax.tree.map(lambda v: v.reshape(*batch, *v.shape[1:]), state)
-    return y.reshape(target.shape), state
+    after = jax.tree.map(lambda v: v.reshape(*batch, *v.shape[1:]), after)
+    return y.reshape(target.shape), after
 
 
 class _Tokens(NamedTuple):
