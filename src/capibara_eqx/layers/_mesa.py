@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..kernels import ssd
+from ..kernels import linear_recurrence, ssd
 from ._conjugate_gradient import conjugate_gradient
 
 
@@ -75,9 +75,25 @@ def mesa(
     if solver == "cg":
         solved = conjugate_gradient(product, q, cg_steps)
     else:
-        unit = jnp.eye(q.shape[-1], dtype=q.dtype)
-        columns = jax.vmap(lambda e: product(jnp.broadcast_to(e, q.shape)))(unit)
-        root = jnp.linalg.cholesky(jnp.moveaxis(columns, 0, -1))
+        matrices = _matrices(k, log_decay, beta, state.H, reset)
+        unit = jnp.eye(q.shape[-1], dtype=matrices.dtype)
+        diagonal = jnp.broadcast_to(ridge[..., None] * unit[None], matrices.shape)
+        root = jnp.linalg.cholesky(matrices + diagonal)
         solved = jax.scipy.linalg.cho_solve((root, True), q[..., None])[..., 0]
     o, G = summed(v, solved, state.G)
     return o, MesaState(H, G)
+
+
+def _matrices(k, log_decay, beta, H, reset) -> Float[Array, "*batch seq n d_k d_k"]:
+    """The sums of products of keys after every token."""
+    products = (beta[..., None] * k)[..., None] * k[..., None, :]
+    decays = jnp.broadcast_to(jnp.exp(log_decay)[..., None, None], products.shape)
+    *axes, n_heads, width, _ = products.shape
+    size = n_heads * width * width
+    sums, _ = linear_recurrence(
+        decays.reshape(*axes, size),
+        products.reshape(*axes, size),
+        initial_state=H.reshape(*axes[:-1], size),
+        reset=reset,
+    )
+    return sums.reshape(products.shape)
