@@ -38,6 +38,7 @@ RESULTS = (
     "MambaMetrics",
     "MambaOutput",
     "MambaCache",
+    "MesaNetCache",
     "MetaState",
     "S5Cache",
     "SSMStatus",
@@ -47,6 +48,7 @@ RESULTS = (
     "ModelOutput",
     "StateSpaceCache",
     "SparseTrainingState",
+    "TTTCache",
     "ZeroPrediction",
 )
 
@@ -157,10 +159,12 @@ LONG = (
     "LinearSSM",
     "Mamba2",
     "Mamba3",
+    "MesaNet",
     "MixtureOfRookies",
     "S4",
     "S4D",
     "S5",
+    "TTTLinear",
     "UltraSSM",
     "adapt",
     "adapt_trajectory",

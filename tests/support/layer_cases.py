@@ -20,6 +20,7 @@ from support.rows import chunks as chunks
 from support.rows import packed_rows as packed_rows
 from support.rows import pieces as pieces
 from support.rows import seeds as seeds
+from support.small_fast_weights import FAST_WEIGHTS
 from support.small_layers import (
     bidirectional,
     hybrid,
@@ -170,9 +171,7 @@ CASES = (
     Case(
         "conv_centred",
         partial(Conv1DBlock, 3, 3, 4, causal=False, norm="rms"),
-        width=3,
-        terms=20,
-        mixer=False,
+        *(3, 20, False),
         axes=(LENGTH,),
     ),
     Case("conv_depthwise", partial(Conv1DBlock, 3, 3, 4, groups=3), 3, 4),
@@ -192,6 +191,7 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     *STATE_SPACES,
+    *FAST_WEIGHTS,
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",

@@ -42,6 +42,8 @@ from ._mamba_module import MambaConfig as MambaConfig
 from ._mamba_module import MambaMetrics as MambaMetrics
 from ._mamba_module import MambaModule as MambaModule
 from ._mamba_module import MambaOutput as MambaOutput
+from ._mesa_net import MesaNet as MesaNet
+from ._mesa_net import MesaNetCache as MesaNetCache
 from ._mixer import AbstractAux as AbstractAux
 from ._mixer import AbstractSequenceMixer as AbstractSequenceMixer
 from ._mlp import MLP as MLP
@@ -87,5 +89,7 @@ from ._ssm_validation import validate_ssm_system as validate_ssm_system
 from ._state_space import StateSpaceCache as StateSpaceCache
 from ._token_embedding import EmbeddingCache as EmbeddingCache
 from ._token_embedding import TokenEmbedding as TokenEmbedding
+from ._ttt_linear import TTTCache as TTTCache
+from ._ttt_linear import TTTLinear as TTTLinear
 from ._ultra_ssm import UltraSSM as UltraSSM
 from ._weight_decay import weight_decay_mask as weight_decay_mask

@@ -30,6 +30,7 @@ SINE_METHODS = {
     "maml": "MAML",
     "fomaml": "FOMAML",
     "anil": "ANIL",
+    "reptile": "Reptile",
     "meta_sgd": "Meta-SGD",
 }
 SINE_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)

@@ -10,12 +10,22 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from ..layers import Linear
-from ..meta import WithRates, maml, meta_sgd, only, rates_like, sgd
+from ..meta import (
+    Task,
+    WithRates,
+    maml,
+    meta_sgd,
+    only,
+    rates_like,
+    reptile,
+    sgd,
+)
 
 
 # Of the inner steps in training; what the rates at test time are multiples of.
 INNER_RATE = 0.02
 _WIDTH = 40
+_REPTILE_STEPS = 5
 _MOST = 10.0
 
 
@@ -60,6 +70,8 @@ def make_learner(method: str, model: SineModel) -> tuple[PyTree, Callable[..., A
     inner: dict[str, Any] = {"optimizer": clipped_sgd(INNER_RATE), "steps": 1}
     if method == "joint":
         return model, _pooled
+    if method == "reptile":
+        return model, _reptile
     if method == "meta_sgd":
         learner = WithRates.init(model, INNER_RATE)
         return learner, meta_sgd(squared_error, steps=1, optimizer=clipped_sgd)
@@ -89,5 +101,16 @@ def _head(model: SineModel) -> PyTree:
 
 def _pooled(model, task, *, key=None):
     """No inner loop: all examples of all tasks, as if they were one."""
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), task.support, task.query)
-    return squared_error(model, both)
+    return squared_error(model, _examples(task))
+
+
+def _reptile(model, task, *, key=None):
+    """Which has no use for a query: it learns from all examples, as joint training."""
+    loss = reptile(
+        squared_error, optimizer=clipped_sgd(INNER_RATE), steps=_REPTILE_STEPS
+    )
+    return loss(model, Task(_examples(task), None))
+
+
+def _examples(task: Task) -> PyTree:
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), task.support, task.query)
