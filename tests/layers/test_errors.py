@@ -13,6 +13,7 @@ from capibara_eqx.layers import (
     S4D,
     S5,
     Conv1DBlock,
+    DeltaNet,
     Dropout,
     Embedding,
     LayerNorm,
@@ -20,6 +21,7 @@ from capibara_eqx.layers import (
     LinearSSM,
     Mamba,
     Mamba2,
+    MetaLinearAttention,
     RMSNorm,
 )
 
@@ -57,6 +59,8 @@ MIXERS = {
     "LinearSSM": linear_ssm,
     "Mamba2": builder(Mamba2, d_model=4, d_state=3, head_dim=4),
     "S5": s5,
+    "DeltaNet": builder(DeltaNet, d_model=4, n_heads=2),
+    "MetaLinearAttention": builder(MetaLinearAttention, d_model=4, n_heads=2),
 }
 each = pytest.mark.parametrize("layer", MIXERS)
 

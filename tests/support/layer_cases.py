@@ -20,6 +20,7 @@ from support.rows import chunks as chunks
 from support.rows import packed_rows as packed_rows
 from support.rows import pieces as pieces
 from support.rows import seeds as seeds
+from support.small_fast_weights import FAST_WEIGHTS
 from support.small_layers import (
     bidirectional,
     hybrid,
@@ -192,6 +193,7 @@ CASES = (
     ),
     Case("mamba", partial(Mamba, 3), 3, 100),
     *STATE_SPACES,
+    *FAST_WEIGHTS,
     Case("attention", partial(Attention, 4, 4, 2, 2, **_ATTENTION), 4, 20),
     Case(
         "decoupled_ring",
@@ -233,15 +235,13 @@ CASES = (
     Case(
         "mamba_reference",
         partial(Mamba, 3, 2, 2, implementation="reference"),
-        width=3,
-        terms=20,
+        *(3, 20),
         slow=True,
     ),
     Case(
         "mamba_associative",
         partial(Mamba, 3, 2, 2, implementation="associative"),
-        width=3,
-        terms=20,
+        *(3, 20),
         slow=True,
     ),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),
