@@ -7,6 +7,8 @@ would fill it: what is added to the mean square is of the size of what is normal
 from functools import partial
 from typing import Any
 
+import equinox as eqx
+import jax
 from support.layer_case import Case
 
 from capibara_eqx.layers import DeltaNet, MetaLinearAttention
@@ -21,6 +23,13 @@ _PLAIN: dict[str, Any] = {
 }
 # Short memories: what is taken in is as large as what stands beside it.
 _META: dict[str, Any] = {"temperature": 1.0, "norm_eps": 0.5, "chunk_size": 4}
+
+
+def _meta(*args: Any, key, **options: Any) -> MetaLinearAttention:
+    """With numbers of order one, for heads not to be differences of equal numbers."""
+    layer = MetaLinearAttention(*args, **_META | options, key=key)
+    return jax.tree.map(lambda x: 4 * x if eqx.is_inexact_array(x) else x, layer)
+
 
 FAST_WEIGHTS = (
     Case("delta_net", partial(DeltaNet, 3, 1, 2, 3, **_DELTA), 3, 40),
@@ -38,10 +47,10 @@ FAST_WEIGHTS = (
         terms=40,
         slow=True,
     ),
-    Case("meta_linear", partial(MetaLinearAttention, 4, 1, 2, 3, **_META), 4, 40),
+    Case("meta_linear", partial(_meta, 4, 1, 2, 3), 4, 40),
     Case(
         "meta_linear_heads",
-        partial(MetaLinearAttention, 4, 2, **{**_META, "chunk_size": None}),
+        partial(_meta, 4, 2, chunk_size=None),
         width=4,
         terms=40,
         slow=True,
