@@ -195,7 +195,7 @@ def zeros(*shape, dtype="float32"):
         ({"beta": zeros(5, 7, 3)}, ("`beta`", "(5, 7, 2)", "(5, 7, 3)")),
         ({"log_decay": zeros(5, 7)}, ("`log_decay`", "(5, 7, 2)", "(5, 7)")),
         ({"initial_state": zeros(5, 2, 3, 4)}, ("`initial_state`", "(5, 2, 4, 3)")),
-        ({"reset": zeros(7, dtype=bool)}, ("`reset`", "(5, 7)", "(7,)")),
+        ({"reset": zeros(7, dtype="bool")}, ("`reset`", "(5, 7)", "(7,)")),
         ({"reset": zeros(5, 7)}, ("`reset`", "boolean", "float32", "!= 0")),
         ({"chunk_size": -1}, ("`chunk_size`", "positive", "-1")),
     ],

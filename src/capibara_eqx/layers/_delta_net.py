@@ -23,7 +23,6 @@ from ._attention_base import joined, split_heads
 from ._cache import advance_segment, check_cache, fresh_segment
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._delta_rule import delta_rule
-from ._gated_norm import GatedRMSNorm
 from ._head_width import head_width
 from ._linear import Linear
 from ._mixer import AbstractSequenceMixer
@@ -91,7 +90,7 @@ class DeltaNet(AbstractSequenceMixer):
     conv: Conv1DBlock | None
     A_log: Float[Array, " {self.n_heads}"] | None
     dt_bias: Float[Array, " {self.n_heads}"] | None
-    norm: RMSNorm | GatedRMSNorm
+    norm: RMSNorm
     o_proj: Linear
     d_model: int = eqx.field(static=True)
     n_heads: int = eqx.field(static=True)
@@ -197,7 +196,6 @@ class DeltaNet(AbstractSequenceMixer):
         self.norm = RMSNorm(v_head_dim, norm_eps, dtype=dtype)
         if output_gate:
             self.gate_proj = linear(d_model, n_heads * v_head_dim, keys[9])
-            self.norm = GatedRMSNorm(v_head_dim, 1, True, norm_eps, dtype)
         self.d_model = d_model
         self.n_heads = n_heads
         self.head_dim = head_dim
@@ -229,7 +227,7 @@ class DeltaNet(AbstractSequenceMixer):
         """See `AbstractSequenceMixer.init_cache`; `max_len` is ignored."""
         del max_len
         shape = (*batch_shape, self.n_heads, self.v_head_dim, self.head_dim)
-        state = jnp.zeros(shape, accumulator_dtype(self.norm.weight.dtype))
+        state = jnp.zeros(shape, accumulator_dtype(self.o_proj.weight.dtype))
         conv = None if self.conv is None else self.conv.init_cache(batch_shape)
         return DeltaNetCache(conv, state, fresh_segment(batch_shape))
 
@@ -285,11 +283,10 @@ class DeltaNet(AbstractSequenceMixer):
             reset=reset,
             chunk_size=self.chunk_size,
         )
-        if self.gate_proj is None:
-            o = self.norm(o)
-        else:
-            o = self.norm(o, split_heads(self.gate_proj(x), self.n_heads))
-        y = zero_padding(self.o_proj(joined(o).astype(x.dtype)), segment_ids)
+        o = joined(self.norm(o))
+        if self.gate_proj is not None:
+            o = o * activate("silu", self.gate_proj(x).astype(o.dtype))
+        y = zero_padding(self.o_proj(o.astype(x.dtype)), segment_ids)
         segment = advance_segment(cache.segment, segment_ids)
         return y, DeltaNetCache(conv, state.astype(cache.state.dtype), segment)
 
@@ -312,7 +309,7 @@ class DeltaNet(AbstractSequenceMixer):
 
     def _log_decay(self, x, segment_ids):
         """In float32 or wider; padding decays nothing."""
-        if self.dt_proj is None:
+        if self.dt_proj is None or self.dt_bias is None or self.A_log is None:
             return None
         dt = self.dt_proj(x)
         dt = dt.astype(accumulator_dtype(dt.dtype, self.dt_bias.dtype))

@@ -81,7 +81,9 @@ def delta_rule(
     *batch, _, n_heads, head_dim = k.shape
     given = (q, k, v, beta, log_decay, initial_state)
     dtype = accumulator_dtype(*(x.dtype for x in given if x is not None))
-    log_decay = forgetting(log_decay, reset, beta.shape, dtype)
+    if reset is not None:
+        none = jnp.zeros(beta.shape, dtype)
+        log_decay = forgetting(none if log_decay is None else log_decay, reset)
     if initial_state is None:
         initial_state = jnp.zeros((*batch, n_heads, v.shape[-1], head_dim), dtype)
     o, state = read_tokens(

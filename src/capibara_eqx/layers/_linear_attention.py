@@ -5,7 +5,9 @@ from ..internal import accumulator_dtype
 from ._token_chunks import decays, forgetting, read_tokens
 
 
-_CHUNK = 16
+# 1024 tokens of 4 heads of 64 by 64 on a CPU took 13, 30 and 94 ms in chunks of 8, 16
+# and 32 tokens, with derivatives 79, 152 and 400: more decays a token in longer ones.
+_CHUNK = 8
 
 
 def linear_attention(
@@ -36,7 +38,7 @@ def linear_attention(
     - `log_decay`: $a$, zero or negative.
     - `initial_state`: $S$ before the first token.
     - `reset`: where the state is zeroed before the token is read.
-    - `chunk_size`: tokens that are read together; 16 if not given.
+    - `chunk_size`: tokens that are read together; 8 if not given.
 
     **Returns:**
 
@@ -44,7 +46,8 @@ def linear_attention(
     token in float32 or wider.
     """
     dtype = accumulator_dtype(*(x.dtype for x in (q, k, v, log_decay, initial_state)))
-    log_decay = forgetting(log_decay, reset, log_decay.shape, dtype)
+    if reset is not None:
+        log_decay = forgetting(log_decay, reset)
     o, state = read_tokens(
         _token,
         _chunk,

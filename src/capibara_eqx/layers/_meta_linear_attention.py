@@ -9,6 +9,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from ..internal import (
     accumulate,
     accumulator_dtype,
+    activate,
     check_last_axis,
     check_positive,
     check_segment_ids,
@@ -254,7 +255,7 @@ class MetaLinearAttention(AbstractSequenceMixer):
         w = jnp.broadcast_to(self.augmentation.astype(k.dtype), k.shape)
         itself = jnp.sum(q * w * k, axis=-1, keepdims=True)
         o = joined(self.norm(o + jax.nn.sigmoid(itself * v)))
-        gate = jax.nn.silu(accumulate(self.gate_proj(mixed)))
+        gate = activate("silu", accumulate(self.gate_proj(mixed)))
         y = self.o_proj((o * gate).astype(x.dtype))
         cache = MetaLinearAttentionCache(conv, state.astype(cache.state.dtype))
         return zero_padding(y, segment_ids), cache

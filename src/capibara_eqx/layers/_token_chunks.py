@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, DTypeLike, Float
+from jaxtyping import Array, Bool, Float
 
 
 def read_tokens(
@@ -69,18 +69,12 @@ def read_tokens(
 
 
 def forgetting(
-    log_decay: Float[Array, "..."] | None,
-    reset: Bool[Array, "*batch seq"] | None,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-) -> Float[Array, "..."] | None:
-    """`log_decay`, zeros if not given, with minus infinity where `reset`."""
-    if reset is None:
-        return log_decay
-    if log_decay is None:
-        log_decay = jnp.zeros(shape, dtype)
-    reset = reset.reshape(*reset.shape, *[1] * (len(shape) - reset.ndim))
-    return jnp.where(jnp.broadcast_to(reset, shape), -jnp.inf, log_decay)
+    log_decay: Float[Array, "*decays"], reset: Bool[Array, "*batch seq"]
+) -> Float[Array, "*decays"]:
+    """`log_decay`, `(*batch, seq, ...)`, with minus infinity where `reset`."""
+    extra = log_decay.ndim - reset.ndim
+    starts = reset.reshape(*reset.shape, *[1] * extra)
+    return jnp.where(jnp.broadcast_to(starts, log_decay.shape), -jnp.inf, log_decay)
 
 
 def decays(

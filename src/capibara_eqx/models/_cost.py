@@ -198,7 +198,8 @@ def _delta_net(layer: DeltaNet) -> int:
     if layer.conv is not None:
         work += _conv(layer.conv)
     state = (6 if layer.dt_proj is None else 7) * layer.v_head_dim * layer.head_dim
-    channels = 2 * layer.v_head_dim + 2 * 3 * layer.head_dim
+    gate = 0 if layer.gate_proj is None else layer.v_head_dim
+    channels = 2 * layer.v_head_dim + 2 * 3 * layer.head_dim + gate
     return work + layer.n_heads * (state + channels + _flops(layer.norm, None))
 
 
