@@ -210,6 +210,7 @@ def test_of_random_keys_the_delta_rule_recalls_more_than_a_sum():
     assert np.sum(learned) < 0.8 * np.sum(added)
 
 
+@pytest.mark.slow
 def test_a_token_is_one_step_of_gradient_descent():
     """On half the squared error of what is recalled, with the rate beta."""
     point = point_of(np.random.default_rng(9), seq=1, heads=1, decay=False)
@@ -226,6 +227,7 @@ def test_a_token_is_one_step_of_gradient_descent():
     assert_close(state[0], want, dtype="float64", length=10)
 
 
+@pytest.mark.slow
 def test_one_step_on_all_tokens_is_linear_attention():
     """From zero, with half the rate on the squared error (arXiv 2212.07677)."""
     rng = np.random.default_rng(10)

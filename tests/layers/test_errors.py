@@ -1,5 +1,6 @@
 """Bad arguments of layers: the message names the argument and says what to do."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from support.messages import refused
+from support.quick import filled
 
 from capibara_eqx.layers import (
     S4,
@@ -28,6 +30,7 @@ from capibara_eqx.layers import (
 
 pytestmark = pytest.mark.errors
 KEY = jax.random.key(0)
+NUMBERS: dict[str, Any] = {"seed": 0, "size": 1.0}
 
 
 def builder(layer: Any, **defaults: Any) -> Any:
@@ -59,8 +62,10 @@ MIXERS = {
     "LinearSSM": linear_ssm,
     "Mamba2": builder(Mamba2, d_model=4, d_state=3, head_dim=4),
     "S5": s5,
-    "DeltaNet": builder(DeltaNet, d_model=4, n_heads=2),
-    "MetaLinearAttention": builder(MetaLinearAttention, d_model=4, n_heads=2),
+    "DeltaNet": functools.cache(lambda: filled(DeltaNet, 4, 2, **NUMBERS)),
+    "MetaLinearAttention": functools.cache(
+        lambda: filled(MetaLinearAttention, 4, 2, **NUMBERS)
+    ),
 }
 each = pytest.mark.parametrize("layer", MIXERS)
 

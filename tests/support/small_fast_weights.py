@@ -37,7 +37,7 @@ def _meta(*args: Any, key, **options: Any) -> MetaLinearAttention:
 
 
 FAST_WEIGHTS = (
-    Case("delta_net", partial(DeltaNet, 3, 4, 2, 3, **_DELTA), 3, 40),
+    Case("delta_net", partial(DeltaNet, 3, 4, 2, 3, **_DELTA), 3, 40, slow=True),
     Case(
         "delta_net_gated",
         partial(DeltaNet, 4, 4, 2, **{**_DELTA, **_GATED}),
