@@ -1,5 +1,6 @@
 """Bad arguments of layers: the message names the argument and says what to do."""
 
+import functools
 from typing import Any
 
 import equinox as eqx
@@ -7,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from support.messages import refused
+from support.quick import filled
 
 from capibara_eqx.layers import (
     S4,
     S4D,
     S5,
     Conv1DBlock,
+    DeltaNet,
     Dropout,
     Embedding,
     LayerNorm,
@@ -20,12 +23,14 @@ from capibara_eqx.layers import (
     LinearSSM,
     Mamba,
     Mamba2,
+    MetaLinearAttention,
     RMSNorm,
 )
 
 
 pytestmark = pytest.mark.errors
 KEY = jax.random.key(0)
+NUMBERS: dict[str, Any] = {"seed": 0, "size": 1.0}
 
 
 def builder(layer: Any, **defaults: Any) -> Any:
@@ -57,6 +62,10 @@ MIXERS = {
     "LinearSSM": linear_ssm,
     "Mamba2": builder(Mamba2, d_model=4, d_state=3, head_dim=4),
     "S5": s5,
+    "DeltaNet": functools.cache(lambda: filled(DeltaNet, 4, 2, **NUMBERS)),
+    "MetaLinearAttention": functools.cache(
+        lambda: filled(MetaLinearAttention, 4, 2, **NUMBERS)
+    ),
 }
 each = pytest.mark.parametrize("layer", MIXERS)
 

@@ -233,15 +233,13 @@ CASES = (
     Case(
         "mamba_reference",
         partial(Mamba, 3, 2, 2, implementation="reference"),
-        width=3,
-        terms=20,
+        *(3, 20),
         slow=True,
     ),
     Case(
         "mamba_associative",
         partial(Mamba, 3, 2, 2, implementation="associative"),
-        width=3,
-        terms=20,
+        *(3, 20),
         slow=True,
     ),
     Case("stack_list", partial(_stack, False), 3, 50, padding="input", slow=True),

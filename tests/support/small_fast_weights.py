@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from support.layer_case import Case
+from support.small_linear_attentions import LINEAR_ATTENTIONS
 
 from capibara_eqx.layers import MesaNet, TTTLinear
 
@@ -17,6 +18,7 @@ _PLAIN: dict[str, Any] = {"output_norm": False, "gate": False, "qk_norm": True}
 _GATED: dict[str, Any] = {"gate": True, "solver": "cholesky", "chunk_size": 4}
 
 FAST_WEIGHTS = (
+    *LINEAR_ATTENTIONS,
     # Mini-batches that end inside of a row, and inside of pieces of it.
     Case(
         "ttt_linear",

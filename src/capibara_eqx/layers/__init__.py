@@ -14,6 +14,9 @@ from ._conv1d_block import Conv1DCache as Conv1DCache
 from ._cross_attention import CrossAttention as CrossAttention
 from ._cross_attention import SelfAttention as SelfAttention
 from ._decoupled_attention import DecoupledAttention as DecoupledAttention
+from ._delta_net import DeltaNet as DeltaNet
+from ._delta_net import DeltaNetCache as DeltaNetCache
+from ._delta_rule import delta_rule as delta_rule
 from ._diffusion_head import DiffusionNextTokenHead as DiffusionNextTokenHead
 from ._dropout import Dropout as Dropout
 from ._embedding import Embedding as Embedding
@@ -44,6 +47,10 @@ from ._mamba_module import MambaModule as MambaModule
 from ._mamba_module import MambaOutput as MambaOutput
 from ._mesa_net import MesaNet as MesaNet
 from ._mesa_net import MesaNetCache as MesaNetCache
+from ._meta_linear_attention import MetaLinearAttention as MetaLinearAttention
+from ._meta_linear_attention import (
+    MetaLinearAttentionCache as MetaLinearAttentionCache,
+)
 from ._mixer import AbstractAux as AbstractAux
 from ._mixer import AbstractSequenceMixer as AbstractSequenceMixer
 from ._mlp import MLP as MLP

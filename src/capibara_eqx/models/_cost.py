@@ -16,6 +16,7 @@ from ..layers import (
     BitNet158,
     ByteEmbedding,
     Conv1DBlock,
+    DeltaNet,
     Dropout,
     Embedding,
     GatedRMSNorm,
@@ -26,6 +27,7 @@ from ..layers import (
     Mamba,
     Mamba2,
     Mamba3,
+    MetaLinearAttention,
     MixtureOfRookies,
     MoE,
     PatchEmbedding,
@@ -64,7 +66,9 @@ def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     of Mamba-3 as five a state, six a channel, four a head and column of its state, and
     21 a head and angle; the recurrence of S4D as seven a real state and four a channel,
     that of S4 as 12 and 8 a rank, that of S5 as four (a product of complex numbers is
-    six), `LinearSSM` as its products, all without what is done once a call;
+    six), `LinearSSM` as its products, all without what is done once a call; `DeltaNet`
+    as six a number of its memories, seven with a decay, two a value and three a query
+    and key, `MetaLinearAttention` as five, six a value and seven a query;
     norms as four a channel. Of a mixture of experts the router, the shared expert and
     the `top_k` experts that a token takes are counted, though all have parameters and
     some implementations compute all; of one with product keys the query and a product
@@ -187,6 +191,26 @@ def _mamba3(layer: Mamba3) -> int:
     return maps + scan + norms + gate + turns + heads
 
 
+def _delta_net(layer: DeltaNet) -> int:
+    named = (layer.q_proj, layer.k_proj, layer.v_proj, layer.beta_proj, layer.o_proj)
+    maps = [*named, layer.dt_proj, layer.gate_proj]
+    work = sum(_linear(linear) for linear in maps if linear is not None)
+    if layer.conv is not None:
+        work += _conv(layer.conv)
+    state = (6 if layer.dt_proj is None else 7) * layer.v_head_dim * layer.head_dim
+    gate = 0 if layer.gate_proj is None else layer.v_head_dim
+    channels = 2 * layer.v_head_dim + 2 * 3 * layer.head_dim + gate
+    return work + layer.n_heads * (state + channels + _flops(layer.norm, None))
+
+
+def _meta_linear(layer: MetaLinearAttention) -> int:
+    maps = (layer.q_proj, layer.decay_proj, layer.v_proj, layer.gate_proj, layer.o_proj)
+    state = 5 * layer.v_head_dim * layer.head_dim
+    channels = 6 * layer.v_head_dim + 7 * layer.head_dim
+    heads = layer.n_heads * (state + channels + _flops(layer.norm, None))
+    return sum(map(_linear, maps)) + _conv(layer.conv) + heads
+
+
 def _linear_ssm(layer: LinearSSM) -> int:
     matrices = (layer.A, layer.B, layer.C, layer.D)
     residual = 0 if layer.residual_proj is None else _linear(layer.residual_proj)
@@ -255,11 +279,13 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     RMSNorm: lambda layer: 4 * layer.d_model,
     LayerNorm: lambda layer: 6 * layer.d_model,
     Conv1DBlock: _conv,
+    DeltaNet: _delta_net,
     GatedRMSNorm: lambda layer: 5 * layer.d_model,
     LinearSSM: _linear_ssm,
     Mamba: _mamba,
     Mamba2: _mamba2,
     Mamba3: _mamba3,
+    MetaLinearAttention: _meta_linear,
     S4: _state_space,
     S4D: _state_space,
     S5: _s5,
