@@ -19,13 +19,16 @@ from capibara_eqx import arrays, kernels, layers, meta, models, transforms
 # By the module too: kernels and layers have a `causal_conv` each.
 PUBLIC = {
     f"{module.__name__.rpartition('.')[2]}.{name}": getattr(module, name)
-    for module in (arrays, kernels, layers, meta, models, transforms)
+    for module in (arrays, kernels, layers, meta, meta.tasks, models, transforms)
     for name in dir(module)
     # No modules, and no unions of types.
     if not name.startswith("_") and callable(getattr(module, name))
 }
-# What functions return is shown by the functions.
+# What functions return is shown by the functions; what reads a file or the data of
+# another package has tests of its own.
 RESULTS = (
+    "digits",
+    "omniglot",
     "Conv1DCache",
     "DeltaNetCache",
     "EmbeddingCache",
@@ -73,6 +76,7 @@ def surroundings() -> dict[str, Any]:
         **{
             "jax": jax,
             "jnp": jnp,
+            "layers": layers,
             "eqx": eqx,
             "optax": optax,
             "Array": Array,
@@ -101,6 +105,11 @@ def before(name: str) -> dict[str, Any]:
     every = [transforms.Rule(".*weight", transforms.Affine(4))]
     if name in ("AffineArray", "LoRAArray", "SparseArray"):
         return {"x": jnp.ones(64)}
+    if name in ("MetaLA", "AdaptedParams"):
+        return {"x": jnp.ones((2, 5, 64))}
+    if name == "r2d2":
+        labelled = jnp.ones((2, 5, 64)), jnp.tile(jnp.arange(5), (2, 1))
+        return {"model": linear, "tasks": meta.Task(labelled, labelled)}
     if name == "sparsify":
         return {"x": jnp.ones((5, 64))}
     if name == "convert":
@@ -147,7 +156,14 @@ def inner_loops() -> dict[str, Any]:
         **{"support": support, "query": query, "task": task},
         "tasks": jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), task),
         "task_loss": meta.maml(loss, optimizer=meta.sgd(0.1), steps=1),
+        "network": filled(layers.Linear, 1 + 5, 1, seed=2, size=1.0),
     }
+
+
+def few_shot() -> dict[str, Any]:
+    """What the examples of `meta.tasks` take as given."""
+    examples = jnp.zeros((60, 8, 8)), jnp.arange(60) % 10
+    return {"pool": meta.tasks.ClassPool.init(*examples)}
 
 
 # Run as they stand, so that every operation is compiled by itself.
@@ -212,5 +228,6 @@ def test_the_example_runs(name):
             shown = {name.partition(".")[2]: PUBLIC[name]}
             known = surroundings()
             known |= inner_loops() if name.startswith("meta.") else {}
+            known |= few_shot() if name.startswith("tasks.") else {}
             known |= before(name.partition(".")[2])
             exec(textwrap.dedent(example), known | shown)

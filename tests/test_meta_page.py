@@ -16,7 +16,7 @@ PAGE = (Path(__file__).parent.parent / "docs" / "meta.md").read_text()
 @pytest.mark.slow
 def test_the_examples_run():
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 11
     names: dict = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
@@ -37,10 +37,15 @@ def test_the_examples_run():
     head = names["head"]
     assert head.layers[-1].weight and head.layers[-1].bias  # noqa: PT018
     assert sum(jax.tree.leaves(head)) == 2
+    assert names["episodes"].support[0].shape == (4, 3, 8)
+    assert names["sines"].query[1].shape == (25, 10, 1)
+    assert names["logits"].shape == (2, 3)
+    # A key of length one, written at a rate of one, is read back.
+    assert jnp.allclose(names["read"], names["v"], atol=1e-6)
 
 
 def test_the_table_names_what_there_is():
     rows = re.findall(r"^\| .* \|$", PAGE, re.MULTILINE)
     called = set(re.findall(r"(\w+)\(", "\n".join(rows)))
-    assert {"maml", "meta_sgd", "only", "sgd"} <= called
+    assert {"maml", "meta_sgd", "only", "sgd", "reptile", "imaml", "r2d2"} <= called
     assert called - {"init"} <= set(dir(meta))

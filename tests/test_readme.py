@@ -28,7 +28,7 @@ def promotion_of_users():
 def test_the_examples_run_and_learn(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     blocks = blocks_of("README.md")
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     for block in blocks:
         exec(block, names)
@@ -38,6 +38,8 @@ def test_the_examples_run_and_learn(monkeypatch, tmp_path):
     assert (tmp_path / "checkpoint" / "config.json").exists()
     assert names["model"].stack.num_blocks == 2
     assert names["report"].nbytes < names["report"].original_bytes / 4
+    # A sine of amplitude 2.6, as they are on average, is 4 off zero.
+    assert float(names["adapted_error"]) < 4
 
 
 @pytest.mark.usefixtures("promotion_of_users")
