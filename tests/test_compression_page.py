@@ -132,6 +132,7 @@ def equal(a, b) -> bool:
     return alike and all(np.array_equal(x, y) for x, y in leaves)
 
 
+@pytest.mark.slow
 def test_rules(after):
     names = after["Rules"]
     table, errors = shown("Rules")
@@ -145,6 +146,7 @@ def test_rules(after):
     assert " ".join(told).split() == errors.split()
 
 
+@pytest.mark.slow
 def test_quantizing(after):
     names = after["Quantizing"]
     small, rounded = names["small"], names["rounded"]
@@ -157,6 +159,7 @@ def test_quantizing(after):
     assert str(again) == str(names["found"])
 
 
+@pytest.mark.slow
 def test_training_with_fake_codes(after):
     names = after["Training with fake codes"]
     fake, ternary, x = names["fake"], names["ternary"], names["x"]
@@ -169,6 +172,7 @@ def test_training_with_fake_codes(after):
     np.testing.assert_allclose(run(ternary, x), run(fake, x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_gptq(after):
     names = after["GPTQ"]
     error, found = names["error"], names["found"]
@@ -184,6 +188,7 @@ def test_gptq(after):
     assert hidden.sqnr < report(names["nearest"], names["model"]).entries[0].sqnr
 
 
+@pytest.mark.slow
 def test_sparsity(after):
     names = after["Sparsity"]
     for found in names["found"].entries:
@@ -198,6 +203,7 @@ def test_sparsity(after):
     assert names["chosen"].hidden.weight.density == 0.5
 
 
+@pytest.mark.slow
 def test_adapters(after):
     names = after["Adapters"]
     base, adapted, plain = names["base"], names["adapted"], names["plain"]
@@ -224,6 +230,7 @@ def unpacked(node):
     return unpack_codes(node.codes, node.spec.bits, node.in_features)
 
 
+@pytest.mark.slow
 def test_rookies(after):
     names = after["Rookies"]
     assert names["routing"].active_count.tolist() == [8] * 5

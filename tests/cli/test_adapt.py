@@ -27,6 +27,7 @@ def two_methods(monkeypatch):
     monkeypatch.setattr("capibara_eqx.cli._adapt.SineConfig", config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_methods")
 def test_adapt_writes_its_numbers_and_curves(tmp_path, capsys):
     out = tmp_path / "sines"

@@ -93,6 +93,7 @@ def meta_train(meta_layer, steps, num_tasks=8):
     return meta_layer.with_meta_weights(meta_weights), losses
 
 
+@pytest.mark.slow
 def test_the_training_loop_learns():
     """Far below the start, and what not adapting could do at best."""
     layer = layer_of("maml", adaptation_steps=2)
