@@ -2,14 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
 from .._environment import ROOT
+from . import omniglot
 from ._experiments import EXPERIMENTS
-from ._records import FOLDER, Recorder, timed
+from ._records import FOLDER, Outcome, Recorder, timed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,12 +23,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recorder = Recorder(folder, quick=options.quick)
     for name in options.only or list(EXPERIMENTS):
         print(f"\n{name}", flush=True)
-        for outcome in timed(EXPERIMENTS[name].run(options.quick)):
+        if name == omniglot.NAME and options.omniglot is None:
+            print("  Skipped: its data come with no package; see --omniglot.")
+            continue
+        for outcome in timed(_outcomes(name, options)):
             recorder.record(name, outcome)
             found = f"{outcome.results}, {outcome.wall_s:.0f} s"
             print(f"  {outcome.model}, seed {outcome.seed}: {found}", flush=True)
         print(f"Recorded in {recorder.path(name)}", flush=True)
     return 0
+
+
+def _outcomes(name: str, options: argparse.Namespace) -> Iterator[Outcome]:
+    run = EXPERIMENTS[name].run
+    if name == omniglot.NAME:
+        return run(options.quick, options.omniglot)
+    return run(options.quick)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,6 +60,13 @@ def _parser() -> argparse.ArgumentParser:
         "--results",
         type=Path,
         help=f"folder of the records (default {FOLDER.relative_to(ROOT)})",
+    )
+    parser.add_argument(
+        "--omniglot",
+        type=Path,
+        metavar="PATH",
+        help="an .npz file as for `meta.tasks.omniglot`; without it that experiment is "
+        "skipped",
     )
     return parser
 

@@ -11,10 +11,13 @@ from . import (
     compressed_language,
     compression,
     digits,
+    few_shot_digits,
     induction_heads,
     linear_system,
+    omniglot,
     parity,
     selective_copying,
+    sinusoid,
 )
 from ._records import Outcome
 
@@ -23,13 +26,14 @@ from ._records import Outcome
 class Experiment:
     """How to run it, and what the page says of its records.
 
-    `introduction` and `title` stand above what `tables` returns, and the picture of
-    `draw`; `bars` compares with what is expected.
+    `run` takes whether it is a trial, and the file of the data if they are no part of a
+    package. `introduction` and `title` stand above what `tables` returns, and the
+    picture of `draw`; `bars` compares with what is expected.
     """
 
     title: str
     introduction: str
-    run: Callable[[bool], Iterator[Outcome]]
+    run: Callable[..., Iterator[Outcome]]
     tables: Callable[[Sequence[Record]], list[str]]
     bars: Callable[[Sequence[Record]], Iterator[Bar]]
     draw: Callable[[Sequence[Record], Path], None]
@@ -45,5 +49,6 @@ EXPERIMENTS = {
     for module in (
         *(selective_copying, induction_heads, parity),
         *(digits, compression, compressed_language, linear_system),
+        *(sinusoid, few_shot_digits, omniglot),
     )
 }

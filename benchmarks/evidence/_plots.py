@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from capibara_eqx.internal import require_extra
 
@@ -21,6 +22,22 @@ class Line:
     style: str = "-"
 
 
+@dataclass(frozen=True)
+class Panel:
+    """Lines in one pair of axes.
+
+    `log` and `log_y` say whether the horizontal axis is logarithmic, in powers of two,
+    and the vertical one, in powers of ten.
+    """
+
+    lines: Sequence[Line]
+    x_label: str
+    y_label: str
+    title: str = ""
+    log: bool = False
+    log_y: bool = False
+
+
 def plot(
     path: Path, lines: Sequence[Line], x_label: str, y_label: str, *, log: bool = False
 ) -> None:
@@ -37,36 +54,50 @@ def plot(
 
     `ImportError` with the install command if matplotlib is not installed.
     """
+    _save(path, [Panel(lines, x_label, y_label, log=log)], (7, 4))
+
+
+def plot_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw panels side by side, as `plot` draws one."""
+    _save(path, panels, (4.5 * len(panels), 4))
+
+
+def _save(path: Path, panels: Sequence[Panel], figsize: tuple[float, float]) -> None:
     matplotlib = require_extra("matplotlib", "train")
     from matplotlib.figure import Figure
 
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(_names(lines)))}
-    labelled = set()
     with matplotlib.rc_context(_FIXED):
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for line in lines:
-            label = None if line.name in labelled else line.name
-            labelled.add(line.name)
-            axes.plot(
-                line.x,
-                line.y,
-                line.style,
-                color=colours[line.name],
-                label=label,
-                linewidth=1.2,
-                markersize=4,
-            )
-        if log:
-            axes.set_xscale("log", base=2)
-            axes.xaxis.set_major_formatter("{x:g}")
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        axes.grid(color="0.9")
-        axes.legend(fontsize="small")
+        figure = Figure(figsize=figsize, layout="constrained")
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, panel in zip(row, panels, strict=True):
+            _draw(axes, panel)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, metadata={"Date": None})
 
 
-def _names(lines: Sequence[Line]) -> list[str]:
-    return [line.name for line in lines]
+def _draw(axes: Any, panel: Panel) -> None:
+    names = dict.fromkeys(line.name for line in panel.lines)
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    labelled = set()
+    for line in panel.lines:
+        label = None if line.name in labelled else line.name
+        labelled.add(line.name)
+        axes.plot(
+            line.x,
+            line.y,
+            line.style,
+            color=colours[line.name],
+            label=label,
+            linewidth=1.2,
+            markersize=4,
+        )
+    if panel.log:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    if panel.log_y:
+        axes.set_yscale("log")
+    axes.set_title(panel.title)
+    axes.set_xlabel(panel.x_label)
+    axes.set_ylabel(panel.y_label)
+    axes.grid(color="0.9")
+    axes.legend(fontsize="small")

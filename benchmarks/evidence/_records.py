@@ -23,7 +23,8 @@ class Outcome:
 
     `settings` is all that the experiment was given, `parameters` the number of trained
     numbers, `results` what was measured at the end, `curve` what was measured while it
-    trained. `wall_s` is the time of all that, compilation and evaluation too.
+    trained, `example` what it made of an input, for a picture. `wall_s` is the time of
+    all that, compilation and evaluation too.
     """
 
     model: str
@@ -32,6 +33,7 @@ class Outcome:
     parameters: int
     results: dict[str, Any]
     curve: list[dict[str, float]] = field(default_factory=list)
+    example: dict[str, Any] = field(default_factory=dict)
     wall_s: float = 0.0
     load_of_others: float | None = None
 
