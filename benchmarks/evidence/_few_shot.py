@@ -115,7 +115,8 @@ def _ridge(body: PyTree, ways: int) -> Method:
         support, query = learner.model(x), learner.model(query)
         return learner.classify(support, labels, query, num_classes=ways)
 
-    learner = WithRidge.init(body)
+    # Ridge regression to one-hot labels says values near 0 and 1, no logits.
+    learner = WithRidge.init(body, scale=10.0)
     return Method(learner, r2d2(lambda body, x: body(x), num_classes=ways), logits)
 
 
@@ -218,13 +219,12 @@ def judge_pixels(
     """What each baseline finds of the same tasks."""
 
     @eqx.filter_jit
-    def all_of_them(pool, keys):
-        return {
-            name: judge(lambda task: logits(task, episodes.ways), pool, episodes, keys)
-            for name, logits in baselines.items()
-        }
+    def shares(logits, pool, keys):
+        return judge(lambda task: logits(task, episodes.ways), pool, episodes, keys)
 
-    return {name: found_of(s) for name, s in all_of_them(pool, keys).items()}
+    return {
+        name: found_of(shares(logits, pool, keys)) for name, logits in baselines.items()
+    }
 
 
 def mean_of(found: Sequence[dict[str, float]]) -> str:

@@ -4,10 +4,11 @@ Omniglot (Lake et al., Science 350, 2015), 28 by 28 pixels: 1200 of 1623 charact
 learn from, the other 423 to be judged by, drawn for each seed; no rotated ones are
 added. Four blocks of a 3 by 3 convolution of stride two to 32 channels, group
 normalisation and a ReLU make 128 features. Means and variances are those of one image:
-nothing of a query reaches another, where the batch normalisation of the papers' programs
-sees all queries of a task at once. Each method has half an hour, whatever it reaches in
-that time, and is recorded every three minutes, so that an interrupted run still counts;
-the steps reached stand in the table. MAML adapts in three inner steps at learned rates.
+nothing of a query reaches another, where the batch normalisation of the papers'
+programs sees all queries of a task at once. Each method has half an hour, whatever it
+reaches in that time, and is recorded every three minutes, so that an interrupted run
+still counts; the steps reached stand in the table. MAML adapts in three inner steps at
+learned rates.
 
 The papers train for as long as it takes, with larger networks and rotated characters:
 5-way 1-shot 98.7 % by MAML (Finn et al., arXiv 1703.03400). The figures of raw pixels

@@ -26,7 +26,10 @@ cores train in minutes. Records are made, one experiment after the other, by
 ```
 make evidence                                        # all of them
 make evidence ARGS="--only parity --only digits"
+make evidence ARGS="--only omniglot --omniglot omniglot28.npz"
 ```
+
+Omniglot is skipped without its file, which `meta.tasks.omniglot` describes.
 
 What was wanted stands beside what was measured, and what was missed stays here. The
 wanted figures are published ones where the task is the published one in small.

@@ -2,8 +2,8 @@
 
 The task of Finn et al. (arXiv 1703.03400, section 5.1): amplitude in [0.1, 5], phase in
 [0, pi], points in [-5, 5]; a network 1-40-40-1 of ReLUs, 25 tasks in a step of Adam at
-rate 0.001, one inner step of rate 0.01 in training. MAML and its first-order form; Meta-
-SGD (Li et al., arXiv 1707.09835) with a learned rate for each parameter; CAVIA
+rate 0.001, one inner step of rate 0.01 in training. MAML and its first-order form;
+Meta-SGD (Li et al., arXiv 1707.09835) with a learned rate for each parameter; CAVIA
 (Zintgraf et al., arXiv 1810.03642), which adapts five inputs alone, at rate 1, and
 clips its outer gradients to 10 to either side. Weights begin as He et al. draw them
 (arXiv 1502.01852). Errors are mean squared ones over 100 points from -5 to 5, with 95 %
