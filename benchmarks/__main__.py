@@ -22,6 +22,9 @@ from . import (
     llama_decode,
     machine,
     mamba2_decode,
+    meta_mamba,
+    meta_memory,
+    meta_step,
     moe,
     one_token,
     quant_matmul,
@@ -61,6 +64,9 @@ SUBJECTS: dict[str, Callable[[Settings], Iterator[Measurement]]] = {
     "quant_matmul": quant_matmul.measure,
     "sequence_parallel": sequence_parallel.measure,
     "gptq": gptq.measure,
+    "meta_step": meta_step.measure,
+    "meta_memory": meta_memory.measure,
+    "meta_mamba": meta_mamba.measure,
     "gpu": gpu.measure,
 }
 

@@ -137,6 +137,13 @@ def _memory_slope(mode: str) -> Callable[[_Measured], float]:
     return compute
 
 
+def _less_memory(measured: _Measured) -> float:
+    """How many times the temporaries of the nested inner loop go into the plain's."""
+    of = ("meta_memory", "steps_64", "gradient")
+    plain, nested = (measured.get(*of, name) for name in ("none", "nested"))
+    return _there(plain.temp_bytes) / _there(nested.temp_bytes)
+
+
 def _layer_gib(measured: _Measured) -> float:
     key = ("mamba_layer_memory", "100000_tokens", "forward", "default")
     return _there(measured.get(*key).peak_rss_bytes) / 2**30
@@ -364,6 +371,26 @@ _CLAIMS = (
         "GPTQ of a weight of 1024 by 1024 to 4 bits, in times of blocked PyTorch",
         *(2.0, False, "times"),
         _ratio(("gptq", "square_1024", "forward"), "gptq", "torch_gptq"),
+    ),
+    _Claim(
+        "meta_step_higher",
+        "Step of meta-training on sines, called from Python, faster than `higher` (25 "
+        "tasks, 10 shots, 1 inner step)",
+        *(25.0, True, "times"),
+        _faster(("meta_step", "sinusoid", "train"), "make_meta_step", "higher"),
+    ),
+    _Claim(
+        "meta_step_torch_func",
+        "The same, faster than `torch.func` with its tasks in a batch",
+        *(3.0, True, "times"),
+        _faster(("meta_step", "sinusoid", "train"), "make_meta_step", "torch_func"),
+    ),
+    _Claim(
+        "meta_memory",
+        "Temporary memory of a meta-gradient through 64 inner steps, plain over "
+        '`remat="nested"`',
+        *(20.0, True, "times"),
+        _less_memory,
     ),
     # "About twice": what rounds to two or more.
     _Claim(

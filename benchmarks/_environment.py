@@ -27,6 +27,7 @@ _PACKAGES = (
     "optax",
     "scipy",
     "scikit-learn",
+    "higher",
 )
 
 

@@ -21,6 +21,9 @@ from . import (
     llama_decode,
     machine,
     mamba2_decode,
+    meta_mamba,
+    meta_memory,
+    meta_step,
     moe,
     one_token,
     quant_matmul,
@@ -63,6 +66,9 @@ _SUBJECTS = (
     quant_matmul,
     gptq,
     sequence_parallel,
+    meta_step,
+    meta_memory,
+    meta_mamba,
 )
 # What stands above the tables of each operation, in the order of the page.
 _HEADINGS = {

@@ -53,6 +53,16 @@ def test_bars_follow_from_the_medians():
         measurement("float32", "forward", 5.0, "W8A8", "quant_matmul"),
         measurement("default", "train", 2.0, "demo", "demo"),
         measurement("xla", "train", 5.0, "demo", "demo"),
+        measurement("make_meta_step", "train", 0.5, "sinusoid", "meta_step"),
+        measurement("scan", "train", 0.25, "sinusoid", "meta_step"),
+        measurement("torch_func", "train", 1.0, "sinusoid", "meta_step"),
+        measurement("higher", "train", 20.0, "sinusoid", "meta_step"),
+        measurement(
+            *("none", "gradient", 1.0, "steps_64", "meta_memory"), temp_bytes=300
+        ),
+        measurement(
+            *("nested", "gradient", 3.0, "steps_64", "meta_memory"), temp_bytes=10
+        ),
     ]
     found = {bar.name: bar for bar in bars(measurements)}
     assert {name: bar.value for name, bar in found.items()} == {
@@ -68,12 +78,16 @@ def test_bars_follow_from_the_medians():
         "llama_1": 3.5,
         "experts_gradients": 1.25,
         "quant_int8": 2.5,
+        "meta_step_higher": 40.0,
+        "meta_step_torch_func": 2.0,
+        "meta_memory": 30.0,
     }
     assert [name for name, bar in found.items() if not bar.passed] == [
         "probe_gradients",
         "conv_gradients",
         "plain_gradients",
         "quant_int8",
+        "meta_step_torch_func",
     ]
 
 

@@ -9,6 +9,9 @@ from benchmarks import (
     layer,
     llama_decode,
     machine,
+    meta_mamba,
+    meta_memory,
+    meta_step,
     one_token,
     probe,
     second_order,
@@ -32,7 +35,7 @@ def measured(subject) -> dict[str, list[Measurement]]:
             assert measurement.median_ms > 0
             found.setdefault(measurement.mode, []).append(measurement)
         else:
-            peers = ("mambapy", "torch", "transformers")
+            peers = ("higher", "mambapy", "torch", "transformers")
             assert measurement.implementation.startswith(peers)
     return found
 
@@ -160,3 +163,25 @@ def test_the_steps_of_the_demo_begin_with_the_right_loss():
     assert names(found) == {"default", "xla"}
     assert worst(found) < 1e-6
     assert found[0].spec["tokens_per_call"] == 4 * 2 * 32
+
+
+@pytest.mark.slow
+def test_a_step_of_meta_training_by_every_way_has_the_right_gradient():
+    found = measured(meta_step.measure)["train"]
+    assert names(found) >= {"make_meta_step", "scan"}
+    assert worst(found) < 1e-5
+
+
+@pytest.mark.slow
+def test_whatever_is_kept_for_it_the_meta_gradient_is_right():
+    found = measured(meta_memory.measure)["gradient"]
+    assert names(found) == set(meta_memory.REMAT)
+    assert worst(found) < 1e-5
+
+
+@pytest.mark.slow
+def test_meta_training_through_a_mamba_layer_has_the_right_gradient():
+    found = measured(meta_mamba.measure)["train"]
+    assert names(found) >= {"default", "xla", "reference"}
+    assert worst(found) < 1e-4
+    assert found[0].spec["tokens_per_call"] == 2 * 2 * 1 * 5
