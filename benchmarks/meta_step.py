@@ -5,7 +5,8 @@
 is called from Python for every step (its compile time includes one step), `scan` makes
 a hundred in one compiled call.
 `torch_func` is `torch.func.grad` within `torch.func.vmap` over the tasks, `higher` its
-`innerloop_ctx`, task by task; both end with `torch.optim.Adam`. learn2learn takes no
+`innerloop_ctx`, task by task; both end with `torch.optim.Adam` and run on one thread:
+arrays are so small that a second costs them time. learn2learn takes no
 part: its release 0.2.0 does not build on Python 3.11 or newer (`longintrepr.h`).
 """
 
@@ -150,6 +151,7 @@ def _torch_func(weights: _maml_oracle.Weights, tasks: tuple[np.ndarray, ...]):
     )
 
     def run():
+        torch.set_num_threads(1)
         gradients, value = differentiate(tuple(p.detach() for p in params))
         for param, gradient in zip(params, gradients, strict=True):
             param.grad = gradient
@@ -175,6 +177,7 @@ def _higher(weights: _maml_oracle.Weights, tasks: tuple[np.ndarray, ...]):
     count = len(tasks[0])
 
     def run():
+        torch.set_num_threads(1)
         adam.zero_grad()
         total = 0.0
         for x, y, x_query, y_query in zip(*batch, strict=True):
