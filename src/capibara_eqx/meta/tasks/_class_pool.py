@@ -12,6 +12,9 @@ class ClassPool(eqx.Module):
     - `starts`, `counts`: `(classes,)`, where each class begins and how many it has.
     - `smallest`: how many examples the smallest class has.
 
+    Pass a pool to compiled functions as an argument: one that they close over is
+    compiled into them as a constant, which may take minutes.
+
     !!! example
 
         ```python
