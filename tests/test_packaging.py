@@ -115,7 +115,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(tmp_path):
     source = {
         str(path.relative_to(ROOT / "src"))
         for path in (ROOT / "src" / "capibara_eqx").rglob("*")
-        if path.suffix in (".py", ".cc", ".h") or path.name == "py.typed"
+        if path.suffix in (".py", ".cc", ".h", ".json") or path.name == "py.typed"
     }
     assert {name for name in names if not name.startswith(f"{info}/")} == source
     assert "capibara_eqx/py.typed" in names
