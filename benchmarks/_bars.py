@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+from ._measured import Measured, Unmeasured, there
 from ._records import Bar, Measurement
 from ._slope import LONGEST, SHORTEST, slope
 
@@ -21,30 +22,6 @@ _OTHERS = ("capacity", "dense", "scan")
 _DUAL = ("ssd", "mamba2_130m_row")
 
 
-class _Unmeasured(Exception):
-    """A claim's figures are not among the measurements."""
-
-
-class _Measured:
-    """Measurements of one run by name; `_Unmeasured` for those that are not there."""
-
-    def __init__(self, measurements: Iterable[Measurement]):
-        self._by_key = {m.key: m for m in measurements}
-
-    def get(self, operation: str, spec: str, mode: str, name: str) -> Measurement:
-        if (operation, spec, mode, name) not in self._by_key:
-            raise _Unmeasured
-        return self._by_key[operation, spec, mode, name]
-
-    def ms(self, operation: str, spec: str, mode: str, name: str) -> float:
-        return _there(self.get(operation, spec, mode, name).median_ms)
-
-    def of(self, operation: str, mode: str, name: str) -> list[Measurement]:
-        wanted = (operation, mode, name)
-        found = self._by_key.values()
-        return [m for m in found if (m.operation, m.mode, m.implementation) == wanted]
-
-
 @dataclass(frozen=True)
 class _Claim:
     name: str
@@ -52,7 +29,7 @@ class _Claim:
     limit: float
     at_least: bool
     unit: str
-    compute: Callable[[_Measured], float]
+    compute: Callable[[Measured], float]
 
 
 def bars(measurements: Iterable[Measurement]) -> Iterator[Bar]:
@@ -62,11 +39,11 @@ def bars(measurements: Iterable[Measurement]) -> Iterator[Bar]:
 
     - `measurements`: of one run on one device.
     """
-    measured = _Measured(measurements)
+    measured = Measured(measurements)
     for claim in _CLAIMS:
         try:
             value = claim.compute(measured)
-        except _Unmeasured:
+        except Unmeasured:
             continue
         yield Bar(
             claim.name,
@@ -78,22 +55,16 @@ def bars(measurements: Iterable[Measurement]) -> Iterator[Bar]:
         )
 
 
-def _there(value: float | None) -> float:
-    if value is None:
-        raise _Unmeasured
-    return value
-
-
 def _ratio(
     of: tuple[str, str, str], slow: str, fast: str
-) -> Callable[[_Measured], float]:
+) -> Callable[[Measured], float]:
     """How many times as long `slow` takes as `fast`; `of` is operation, shape, mode."""
     return lambda measured: measured.ms(*of, slow) / measured.ms(*of, fast)
 
 
 def _faster(
     of: tuple[str, str, str], ours: str, *others: str
-) -> Callable[[_Measured], float]:
+) -> Callable[[Measured], float]:
     """How many times faster `ours` is than the fastest of the others."""
 
     def compute(measured):
@@ -102,73 +73,73 @@ def _faster(
     return compute
 
 
-def _temporaries(measured: _Measured) -> float:
+def _temporaries(measured: Measured) -> float:
     measurement = measured.get(_SCAN, _ROW, _BOTH, "cpu")
     spec = measurement.spec
     states = 4 * spec["seq"] * spec["d_inner"] * spec["d_state"]
-    return _there(measurement.temp_bytes) / states
+    return there(measurement.temp_bytes) / states
 
 
-def _from_linear(mode: str) -> Callable[[_Measured], float]:
+def _from_linear(mode: str) -> Callable[[Measured], float]:
     """How far the slope of time against length is from one, to either side."""
 
     def compute(measured):
         lengths = {
-            m.spec["seq"]: _there(m.median_ms)
+            m.spec["seq"]: there(m.median_ms)
             for m in measured.of("selective_scan_scaling", mode, "cpu")
         }
         if not {SHORTEST, LONGEST} <= set(lengths):
-            raise _Unmeasured
-        return abs(_there(slope(lengths.items())) - 1)
+            raise Unmeasured
+        return abs(there(slope(lengths.items())) - 1)
 
     return compute
 
 
-def _memory_slope(mode: str) -> Callable[[_Measured], float]:
+def _memory_slope(mode: str) -> Callable[[Measured], float]:
     """Slope of the temporaries of attention in blocks against the length."""
 
     def compute(measured):
         needed = {
-            m.spec["key"]: _there(m.temp_bytes)
+            m.spec["key"]: there(m.temp_bytes)
             for m in measured.of("attention", mode, "blockwise")
         }
-        return _there(slope(needed.items()))
+        return there(slope(needed.items()))
 
     return compute
 
 
-def _less_memory(measured: _Measured) -> float:
+def _less_memory(measured: Measured) -> float:
     """How many times the temporaries of the nested inner loop go into the plain's."""
     of = ("meta_memory", "steps_64", "gradient")
     plain, nested = (measured.get(*of, name) for name in ("none", "nested"))
-    return _there(plain.temp_bytes) / _there(nested.temp_bytes)
+    return there(plain.temp_bytes) / there(nested.temp_bytes)
 
 
-def _layer_gib(measured: _Measured) -> float:
+def _layer_gib(measured: Measured) -> float:
     key = ("mamba_layer_memory", "100000_tokens", "forward", "default")
-    return _there(measured.get(*key).peak_rss_bytes) / 2**30
+    return there(measured.get(*key).peak_rss_bytes) / 2**30
 
 
-def _step(batch: int) -> Callable[[_Measured], float]:
+def _step(batch: int) -> Callable[[Measured], float]:
     return _ratio(
         ("mamba_step", f"batch_{batch}", "step"), "mamba_step", "dense_product"
     )
 
 
-def _layout(spec: str) -> Callable[[_Measured], float]:
+def _layout(spec: str) -> Callable[[Measured], float]:
     of = ("selective_scan_layout", f"{spec}_1", "forward")
     return _ratio(of, "channels_first", "channels_last")
 
 
-def _cores(mode: str) -> Callable[[_Measured], float]:
+def _cores(mode: str) -> Callable[[Measured], float]:
     return _ratio(("selective_scan_cores", _ROW, mode), "cpu_1_core", "cpu_2_cores")
 
 
-def _in_probes(mode: str) -> Callable[[_Measured], float]:
+def _in_probes(mode: str) -> Callable[[Measured], float]:
     return _ratio((_SCAN, _ROW, mode), "cpu", "probe")
 
 
-def _of_roofline(mode: str) -> Callable[[_Measured], float]:
+def _of_roofline(mode: str) -> Callable[[Measured], float]:
     """Times as long as the chip needs at least; only for chips whose rates are known.
 
     All of these are Hopper's.
@@ -177,7 +148,7 @@ def _of_roofline(mode: str) -> Callable[[_Measured], float]:
     def compute(measured):
         key = ("gpu_selective_scan", "mamba_130m_batch", mode, "pallas_gpu")
         found = measured.get(*key)
-        return _there(found.median_ms) / _there(found.roofline_ms)
+        return there(found.median_ms) / there(found.roofline_ms)
 
     return compute
 
