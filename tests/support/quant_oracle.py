@@ -26,8 +26,13 @@ def range_of(values, kind: str, share: float = 1.0) -> tuple[float, float]:
 def step_of(low: float, high: float, bits: int, kind: str) -> tuple[float, int]:
     """Step and zero point; a step of 1 where there is nothing to reach."""
     if kind == "asymmetric":
-        step = (high - low) / (2**bits - 1) or 1.0
-        return step, int(np.clip(np.rint(-low / step), 0, 2**bits - 1))
+        count = 2**bits - 1
+        # Not in steps, which are rounded: half of a range that is as wide on both sides
+        # is half of it.
+        share = -low / ((high - low) or 1.0)
+        return (high - low) / count or 1.0, int(
+            np.clip(np.rint(count * share), 0, count)
+        )
     half = 2 ** (bits - 1)
     return high / (half - 1 if kind == "narrow" else half - 0.5) or 1.0, 0
 

@@ -282,9 +282,12 @@ def _from_range(low, high, dtype, spec):
     if not spec.symmetric:
         # Half of each, since their difference may be too large a number. Halves are
         # exact, so that compiled or not the step is the same to the bit.
-        step = _quotient(high / 2 - low / 2, count / 2)
-        scale = _stored_step(step, high > low, dtype, spec)
-        zero = jnp.clip(jnp.round(-low / scale.astype(dtype)), 0, count)
+        width = high / 2 - low / 2
+        scale = _stored_step(_quotient(width, count / 2), high > low, dtype, spec)
+        # Where zero lies in the range: no multiple of the range moves it, also where it
+        # lies between two codes. As steps of a rounded size it would be either's.
+        share = -low / 2 / jnp.where(width > 0, width, 1)
+        zero = jnp.clip(jnp.round(count * share), 0, count)
         return scale, zero.astype(jnp.uint8)
     half = 2 ** (spec.bits - 1)
     step = _quotient(high, half - 1 if spec.is_narrow else half - 0.5)
