@@ -75,8 +75,9 @@ def room_for_compiled_functions() -> Iterator[None]:
 # Everything else is put together of kernels, whose values are tested by themselves.
 # Here it counts what is computed, once and on a handful of numbers; without the
 # optimiser of machine code that compiles in two thirds of the time. Arrays are tested
-# to be the same to the bit, compiled or not, as users compile them.
-OPTIMISED_FOLDERS = ("arrays", "benchmarks", "kernels")
+# to be the same to the bit, compiled or not, as users compile them, and runs of the
+# command to be so, of which some are made before this is set.
+OPTIMISED_FOLDERS = ("arrays", "benchmarks", "cli", "kernels")
 
 
 @pytest.fixture(autouse=True, scope="module")

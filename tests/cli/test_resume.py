@@ -57,7 +57,6 @@ def test_the_run_folder_names_its_text(finished, text):
     assert json.loads((finished / "config.json").read_text())["text"] == str(text)
 
 
-@pytest.mark.slow
 def test_finished_training_without_a_summary_keeps_its_speed(finished, stopped):
     # From another working directory than it began in.
     assert main(["train", f"--resume={stopped}"]) == 0
