@@ -10,24 +10,21 @@ from ..internal import (
     accumulator_dtype,
     activate,
     check_flag,
-    check_last_axis,
     check_positive,
-    check_segment_ids,
-    check_sequence,
     check_size,
     segment_starts,
     zero_padding,
 )
 from ..kernels import check_implementation
 from ._attention_base import joined, split_heads
-from ._cache import advance_segment, check_cache, fresh_segment
+from ._cache import advance_segment, fresh_segment
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._delta_rule import delta_rule
 from ._head_width import head_width
 from ._l2_norm import l2_normalize
 from ._linear import Linear
-from ._mixer import AbstractSequenceMixer
 from ._norm import RMSNorm
+from ._recurrent import AbstractRecurrent
 from ._step_size import step_bias
 
 
@@ -39,7 +36,7 @@ class DeltaNetCache(eqx.Module):
     segment: Int[Array, "*batch"]
 
 
-class DeltaNet(AbstractSequenceMixer):
+class DeltaNet(AbstractRecurrent):
     r"""A layer that learns as it reads: its memory is corrected token by token.
 
     $$q, k, v = \mathrm{silu}(\mathrm{conv}(W_q x, W_k x, W_v x)), \quad
@@ -200,24 +197,6 @@ class DeltaNet(AbstractSequenceMixer):
         self.negative_eigenvalues = negative_eigenvalues
         self.chunk_size = chunk_size
 
-    @jax.named_scope("capibara_eqx.layers.DeltaNet")
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_model"]:
-        """See `AbstractSequenceMixer.__call__`; `key` is ignored.
-
-        **Raises:**
-
-        `ValueError` for an input that does not fit.
-        """
-        del key
-        check_sequence("DeltaNet", "x", x, self.d_model)
-        return self._read(x, self.init_cache(x.shape[:-2]), segment_ids)[0]
-
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
     ) -> DeltaNetCache:
@@ -228,42 +207,7 @@ class DeltaNet(AbstractSequenceMixer):
         conv = None if self.conv is None else self.conv.init_cache(batch_shape)
         return DeltaNetCache(conv, state, fresh_segment(batch_shape))
 
-    @jax.named_scope("capibara_eqx.layers.DeltaNet.prefill")
-    def prefill(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        cache: DeltaNetCache,
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-    ) -> tuple[Float[Array, "*batch seq d_model"], DeltaNetCache]:
-        """See `AbstractSequenceMixer.prefill`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_sequence("DeltaNet", "x", x, self.d_model)
-        check_cache(
-            "DeltaNet", cache, eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
-        )
-        return self._read(x, cache, segment_ids)
-
-    @jax.named_scope("capibara_eqx.layers.DeltaNet.step")
-    def step(
-        self, x: Float[Array, "*batch d_model"], cache: DeltaNetCache
-    ) -> tuple[Float[Array, "*batch d_model"], DeltaNetCache]:
-        """See `AbstractSequenceMixer.step`: the rule itself, without a chunk.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_last_axis("DeltaNet.step", "x", x, self.d_model)
-        y, cache = self.prefill(x[..., None, :], cache)
-        return y[..., 0, :], cache
-
     def _read(self, x, cache, segment_ids):
-        check_segment_ids("DeltaNet", segment_ids, x.shape[:-1])
         x = zero_padding(x, segment_ids)
         q, k, v, conv = self._mixed(x, cache.conv, segment_ids)
         reset = None

@@ -4,7 +4,7 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ..arrays import apply_weight
 from ..internal import (
@@ -12,20 +12,16 @@ from ..internal import (
     accumulate,
     accumulator_dtype,
     check_choice,
-    check_last_axis,
     check_positive,
-    check_segment_ids,
-    check_sequence,
     check_size,
     segment_starts,
     zero_padding,
 )
 from ..kernels import check_implementation, selective_scan
 from ._activation import check_activation
-from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._linear import Linear
-from ._mixer import AbstractSequenceMixer
+from ._recurrent import AbstractRecurrent
 from ._step_size import check_step_range, step_bias
 
 
@@ -36,7 +32,7 @@ class MambaCache(eqx.Module):
     state: Float[Array, "*batch d_inner d_state"]
 
 
-class Mamba(AbstractSequenceMixer):
+class Mamba(AbstractRecurrent):
     r"""The Mamba layer: a selective state space behind a short convolution and a gate.
 
     $$u, z = W_{in} x, \quad u = \mathrm{silu}(\mathrm{conv}(u)), \quad
@@ -188,24 +184,6 @@ class Mamba(AbstractSequenceMixer):
         self.dt_rank = dt_rank
         self.implementation = implementation
 
-    @jax.named_scope("capibara_eqx.layers.Mamba")
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_model"]:
-        """See `AbstractSequenceMixer.__call__`; `key` is ignored.
-
-        **Raises:**
-
-        `ValueError` for an input that does not fit.
-        """
-        del key
-        check_sequence("Mamba", "x", x, self.d_model)
-        return self._read(x, self.init_cache(x.shape[:-2]), segment_ids)[0]
-
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
     ) -> MambaCache:
@@ -215,42 +193,7 @@ class Mamba(AbstractSequenceMixer):
         state = jnp.zeros(shape, accumulator_dtype(self.A_log.dtype))
         return MambaCache(self.conv.init_cache(batch_shape), state)
 
-    @jax.named_scope("capibara_eqx.layers.Mamba.prefill")
-    def prefill(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        cache: MambaCache,
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-    ) -> tuple[Float[Array, "*batch seq d_model"], MambaCache]:
-        """See `AbstractSequenceMixer.prefill`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_sequence("Mamba", "x", x, self.d_model)
-        check_cache(
-            "Mamba", cache, eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
-        )
-        return self._read(x, cache, segment_ids)
-
-    @jax.named_scope("capibara_eqx.layers.Mamba.step")
-    def step(
-        self, x: Float[Array, "*batch d_model"], cache: MambaCache
-    ) -> tuple[Float[Array, "*batch d_model"], MambaCache]:
-        """See `AbstractSequenceMixer.step`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_last_axis("Mamba.step", "x", x, self.d_model)
-        y, cache = self.prefill(x[..., None, :], cache)
-        return y[..., 0, :], cache
-
     def _read(self, x, cache, segment_ids):
-        check_segment_ids("Mamba", segment_ids, x.shape[:-1])
         u, z = jnp.split(self.in_proj(zero_padding(x, segment_ids)), 2, axis=-1)
         segment = cache.conv.segment
         u, conv = self.conv.prefill(u, cache.conv, segment_ids=segment_ids)

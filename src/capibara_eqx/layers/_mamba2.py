@@ -4,27 +4,23 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ..internal import (
     accumulate,
     accumulator_dtype,
-    check_last_axis,
     check_positive,
-    check_segment_ids,
-    check_sequence,
     check_size,
     segment_starts,
     zero_padding,
 )
 from ..kernels import check_implementation, ssd
 from ._activation import check_activation
-from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._gated_norm import GatedRMSNorm
 from ._inner_heads import inner_heads
 from ._linear import Linear
-from ._mixer import AbstractSequenceMixer
+from ._recurrent import AbstractRecurrent
 from ._step_size import check_step_range, step_bias
 
 
@@ -35,7 +31,7 @@ class Mamba2Cache(eqx.Module):
     state: Float[Array, "*batch n_heads head_dim d_state"]
 
 
-class Mamba2(AbstractSequenceMixer):
+class Mamba2(AbstractRecurrent):
     r"""The Mamba-2 layer: a state space with one decay a head, between conv and gate.
 
     $$z, u, B, C, \delta = W_{in} x, \quad u, B, C = \mathrm{silu}(\mathrm{conv}(u, B,
@@ -194,24 +190,6 @@ class Mamba2(AbstractSequenceMixer):
         self.chunk_size = chunk_size
         self.implementation = implementation
 
-    @jax.named_scope("capibara_eqx.layers.Mamba2")
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_model"]:
-        """See `AbstractSequenceMixer.__call__`; `key` is ignored.
-
-        **Raises:**
-
-        `ValueError` for an input that does not fit.
-        """
-        del key
-        check_sequence("Mamba2", "x", x, self.d_model)
-        return self._read(x, self.init_cache(x.shape[:-2]), segment_ids)[0]
-
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
     ) -> Mamba2Cache:
@@ -221,42 +199,7 @@ class Mamba2(AbstractSequenceMixer):
         state = jnp.zeros(shape, accumulator_dtype(self.A_log.dtype))
         return Mamba2Cache(self.conv.init_cache(batch_shape), state)
 
-    @jax.named_scope("capibara_eqx.layers.Mamba2.prefill")
-    def prefill(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        cache: Mamba2Cache,
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-    ) -> tuple[Float[Array, "*batch seq d_model"], Mamba2Cache]:
-        """See `AbstractSequenceMixer.prefill`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_sequence("Mamba2", "x", x, self.d_model)
-        check_cache(
-            "Mamba2", cache, eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
-        )
-        return self._read(x, cache, segment_ids)
-
-    @jax.named_scope("capibara_eqx.layers.Mamba2.step")
-    def step(
-        self, x: Float[Array, "*batch d_model"], cache: Mamba2Cache
-    ) -> tuple[Float[Array, "*batch d_model"], Mamba2Cache]:
-        """See `AbstractSequenceMixer.step`: the recurrence, without a chunk.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_last_axis("Mamba2.step", "x", x, self.d_model)
-        y, cache = self.prefill(x[..., None, :], cache)
-        return y[..., 0, :], cache
-
     def _read(self, x, cache, segment_ids):
-        check_segment_ids("Mamba2", segment_ids, x.shape[:-1])
         projected = self.in_proj(zero_padding(x, segment_ids))
         ends = [self.d_inner, projected.shape[-1] - self.n_heads]
         z, mixed, delta = jnp.split(projected, ends, axis=-1)

@@ -9,22 +9,19 @@ from jaxtyping import Array, Complex, DTypeLike, Float, Int, PRNGKeyArray
 from ..internal import (
     accumulate,
     accumulator_dtype,
-    check_last_axis,
     check_positive,
     check_range,
-    check_segment_ids,
-    check_sequence,
     check_size,
     segment_starts,
     zero_padding,
 )
 from ..kernels import check_implementation, linear_recurrence
-from ._cache import advance_segment, check_cache, fresh_segment
+from ._cache import advance_segment, fresh_segment
 from ._gated_norm import GatedRMSNorm
 from ._inner_heads import inner_heads
 from ._linear import Linear
-from ._mixer import AbstractSequenceMixer
 from ._norm import RMSNorm
+from ._recurrent import AbstractRecurrent
 from ._step_size import check_step_range, step_bias
 from ._trapezoid import LastToken, trapezoid
 
@@ -41,7 +38,7 @@ class Mamba3Cache(eqx.Module):
     segment: Int[Array, "*batch"]
 
 
-class Mamba3(AbstractSequenceMixer):
+class Mamba3(AbstractRecurrent):
     r"""The Mamba-3 layer: a state that turns, by the trapezoidal rule, without a conv.
 
     $$z, u, B, C, \delta, \alpha, \mu, \theta = W_{in} x, \quad
@@ -202,24 +199,6 @@ class Mamba3(AbstractSequenceMixer):
         self.chunk_size = chunk_size
         self.implementation = implementation
 
-    @jax.named_scope("capibara_eqx.layers.Mamba3")
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_model"]:
-        """See `AbstractSequenceMixer.__call__`; `key` is ignored.
-
-        **Raises:**
-
-        `ValueError` for an input that does not fit.
-        """
-        del key
-        check_sequence("Mamba3", "x", x, self.d_model)
-        return self._read(x, self.init_cache(x.shape[:-2]), segment_ids)[0]
-
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
     ) -> Mamba3Cache:
@@ -236,42 +215,7 @@ class Mamba3(AbstractSequenceMixer):
         state = jnp.zeros((*heads, self.head_dim, self.d_state), wide)
         return Mamba3Cache(state, one, last, fresh_segment(batch_shape))
 
-    @jax.named_scope("capibara_eqx.layers.Mamba3.prefill")
-    def prefill(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        cache: Mamba3Cache,
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-    ) -> tuple[Float[Array, "*batch seq d_model"], Mamba3Cache]:
-        """See `AbstractSequenceMixer.prefill`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_sequence("Mamba3", "x", x, self.d_model)
-        check_cache(
-            "Mamba3", cache, eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
-        )
-        return self._read(x, cache, segment_ids)
-
-    @jax.named_scope("capibara_eqx.layers.Mamba3.step")
-    def step(
-        self, x: Float[Array, "*batch d_model"], cache: Mamba3Cache
-    ) -> tuple[Float[Array, "*batch d_model"], Mamba3Cache]:
-        """See `AbstractSequenceMixer.step`: the recurrence, without a chunk.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_last_axis("Mamba3.step", "x", x, self.d_model)
-        y, cache = self.prefill(x[..., None, :], cache)
-        return y[..., 0, :], cache
-
     def _read(self, x, cache, segment_ids):
-        check_segment_ids("Mamba3", segment_ids, x.shape[:-1])
         wide = accumulator_dtype(x.dtype, self.dt_bias.dtype)
         z, u, B, C, *scalars, theta = self._projected(zero_padding(x, segment_ids))
         delta, alpha, mu = (v.astype(wide) for v in scalars)

@@ -4,17 +4,14 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ..internal import (
     accumulate,
     accumulator_dtype,
     check_choice,
-    check_last_axis,
     check_positive,
     check_range,
-    check_segment_ids,
-    check_sequence,
     check_size,
     segment_starts,
     zero_padding,
@@ -22,13 +19,12 @@ from ..internal import (
 from ..kernels import check_implementation
 from ._activation import activate
 from ._attention_base import check_heads, joined, split_heads
-from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._l2_norm import l2_normalize
 from ._linear import Linear
 from ._mesa import MesaState, mesa
-from ._mixer import AbstractSequenceMixer
 from ._norm import RMSNorm
+from ._recurrent import AbstractRecurrent
 
 
 SOLVERS = ("cg", "cholesky")
@@ -43,7 +39,7 @@ class MesaNetCache(eqx.Module):
     sums: MesaState
 
 
-class MesaNet(AbstractSequenceMixer):
+class MesaNet(AbstractRecurrent):
     r"""A layer that reads with the best linear map of the keys so far to their values.
 
     $$G_t = \gamma_t G_{t-1} + \beta_t v_t k_t^\top, \qquad
@@ -182,24 +178,6 @@ class MesaNet(AbstractSequenceMixer):
         self.chunk_size = chunk_size
         self.implementation = implementation
 
-    @jax.named_scope("capibara_eqx.layers.MesaNet")
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_model"]:
-        """See `AbstractSequenceMixer.__call__`; `key` is ignored.
-
-        **Raises:**
-
-        `ValueError` for an input that does not fit.
-        """
-        del key
-        check_sequence("MesaNet", "x", x, self.d_model)
-        return self._read(x, self.init_cache(x.shape[:-2]), segment_ids)[0]
-
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
     ) -> MesaNetCache:
@@ -210,41 +188,7 @@ class MesaNet(AbstractSequenceMixer):
         sums = MesaState(jnp.zeros(shape, wide), jnp.zeros(shape, wide))
         return MesaNetCache(self.conv.init_cache(batch_shape), sums)
 
-    @jax.named_scope("capibara_eqx.layers.MesaNet.prefill")
-    def prefill(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        cache: MesaNetCache,
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-    ) -> tuple[Float[Array, "*batch seq d_model"], MesaNetCache]:
-        """See `AbstractSequenceMixer.prefill`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_sequence("MesaNet", "x", x, self.d_model)
-        expected = eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
-        check_cache("MesaNet", cache, expected)
-        return self._read(x, cache, segment_ids)
-
-    @jax.named_scope("capibara_eqx.layers.MesaNet.step")
-    def step(
-        self, x: Float[Array, "*batch d_model"], cache: MesaNetCache
-    ) -> tuple[Float[Array, "*batch d_model"], MesaNetCache]:
-        """See `AbstractSequenceMixer.step`: one update, and one system to solve.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_last_axis("MesaNet.step", "x", x, self.d_model)
-        y, cache = self.prefill(x[..., None, :], cache)
-        return y[..., 0, :], cache
-
     def _read(self, x, cache, segment_ids):
-        check_segment_ids("MesaNet", segment_ids, x.shape[:-1])
         x = zero_padding(x, segment_ids)
         qk = jnp.concatenate([self.q_proj(x), self.k_proj(x)], axis=-1)
         qk, conv = self.conv.prefill(qk, cache.conv, segment_ids=segment_ids)

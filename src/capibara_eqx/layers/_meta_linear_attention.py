@@ -4,29 +4,25 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, DTypeLike, Float, PRNGKeyArray
 
 from ..internal import (
     accumulate,
     accumulator_dtype,
     activate,
-    check_last_axis,
     check_positive,
-    check_segment_ids,
-    check_sequence,
     check_size,
     segment_starts,
     zero_padding,
 )
 from ..kernels import check_implementation
 from ._attention_base import joined, split_heads
-from ._cache import check_cache
 from ._conv1d_block import Conv1DBlock, Conv1DCache
 from ._head_width import head_width
 from ._linear import Linear
 from ._linear_attention import linear_attention
-from ._mixer import AbstractSequenceMixer
 from ._norm import LayerNorm
+from ._recurrent import AbstractRecurrent
 
 
 class MetaLinearAttentionCache(eqx.Module):
@@ -36,7 +32,7 @@ class MetaLinearAttentionCache(eqx.Module):
     state: Float[Array, "*batch n_heads v_head_dim head_dim"]
 
 
-class MetaLinearAttention(AbstractSequenceMixer):
+class MetaLinearAttention(AbstractRecurrent):
     r"""Linear attention without keys: what a memory forgets is what it takes in.
 
     $$x'_t = \mathrm{silu}(\mathrm{conv}(x)_t), \quad q = W_q x', \quad
@@ -164,24 +160,6 @@ class MetaLinearAttention(AbstractSequenceMixer):
         self.temperature = float(temperature)
         self.chunk_size = chunk_size
 
-    @jax.named_scope("capibara_eqx.layers.MetaLinearAttention")
-    def __call__(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> Float[Array, "*batch seq d_model"]:
-        """See `AbstractSequenceMixer.__call__`; `key` is ignored.
-
-        **Raises:**
-
-        `ValueError` for an input that does not fit.
-        """
-        del key
-        check_sequence("MetaLinearAttention", "x", x, self.d_model)
-        return self._read(x, self.init_cache(x.shape[:-2]), segment_ids)[0]
-
     def init_cache(
         self, batch_shape: tuple[int, ...] = (), *, max_len: int | None = None
     ) -> MetaLinearAttentionCache:
@@ -191,41 +169,7 @@ class MetaLinearAttention(AbstractSequenceMixer):
         state = jnp.zeros(shape, accumulator_dtype(self.augmentation.dtype))
         return MetaLinearAttentionCache(self.conv.init_cache(batch_shape), state)
 
-    @jax.named_scope("capibara_eqx.layers.MetaLinearAttention.prefill")
-    def prefill(
-        self,
-        x: Float[Array, "*batch seq d_model"],
-        cache: MetaLinearAttentionCache,
-        *,
-        segment_ids: Int[Array, "*batch seq"] | None = None,
-    ) -> tuple[Float[Array, "*batch seq d_model"], MetaLinearAttentionCache]:
-        """See `AbstractSequenceMixer.prefill`.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_sequence("MetaLinearAttention", "x", x, self.d_model)
-        expected = eqx.filter_eval_shape(self.init_cache, x.shape[:-2])
-        check_cache("MetaLinearAttention", cache, expected)
-        return self._read(x, cache, segment_ids)
-
-    @jax.named_scope("capibara_eqx.layers.MetaLinearAttention.step")
-    def step(
-        self, x: Float[Array, "*batch d_model"], cache: MetaLinearAttentionCache
-    ) -> tuple[Float[Array, "*batch d_model"], MetaLinearAttentionCache]:
-        """See `AbstractSequenceMixer.step`: the recurrence, without a chunk.
-
-        **Raises:**
-
-        `ValueError` for an input or a cache that does not fit.
-        """
-        check_last_axis("MetaLinearAttention.step", "x", x, self.d_model)
-        y, cache = self.prefill(x[..., None, :], cache)
-        return y[..., 0, :], cache
-
     def _read(self, x, cache, segment_ids):
-        check_segment_ids("MetaLinearAttention", segment_ids, x.shape[:-1])
         reset = None
         if segment_ids is not None:
             before = cache.conv.segment.astype(segment_ids.dtype)
