@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from support.derivatives import check_gradient, gradient_along
 from support.finite_differences import directional_derivative, random_direction
@@ -143,6 +144,35 @@ def test_the_key_is_the_same_in_every_step(getkey):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_a_network_in_bfloat16():
+    """Its Hessian takes many steps, each rounded: those of float32 within roundings."""
+    model = eqx.nn.MLP(2, 1, 16, 2, jax.nn.tanh, key=jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (10, 2))
+
+    def loss(model, x, *, key=None):
+        y = jax.vmap(model)(x).astype("float32")
+        return jnp.mean((y[:, 0] - jnp.sin(x[:, 0].astype("float32"))) ** 2)
+
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def run(model, x):
+        adapted = implicit_adapt(
+            loss, model, x, strength=1, optimizer=sgd(0.1), steps=40
+        )
+        return loss(adapted, x + 1)
+
+    def cast(tree, dtype):
+        return jax.tree.map(
+            lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, tree
+        )
+
+    narrow = cast(run(cast(model, "bfloat16"), x.astype("bfloat16")), "float32")
+    wide = run(model, x)
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, narrow, wide))
+    assert difference < 20 * 2**-8 * optax.tree.norm(wide)
+
+
 def test_bfloat16_and_mixed_parameters():
     model = {"a": jnp.ones(3, "bfloat16"), "b": jnp.full(2, 0.5, "float32")}
 

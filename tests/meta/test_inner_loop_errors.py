@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from support.messages import refused
@@ -243,3 +244,42 @@ def test_a_loss_that_is_not_finite_is_reported_with_its_step(name):
 def test_a_loss_that_is_not_finite_outside_of_jit():
     with pytest.raises(RuntimeError, match="adapt: .* at step 3 of 9"):
         after(jnp.asarray(8.0), jnp.ones(()))
+
+
+def test_parameters_that_are_not_finite_after_the_last_step():
+    """Of which no loss tells. What was not finite before may stay so."""
+
+    def root(params, batch):
+        return jnp.sum(jnp.sqrt(params) * batch)
+
+    with pytest.raises(Exception, match="not finite after the last of 1 steps"):
+        adapt(root, jnp.zeros(2), jnp.ones(2), optimizer=sgd(0.1), steps=1)
+
+    def masked(params, batch):
+        return jnp.sum(jnp.exp(params) * batch)
+
+    start = jnp.array([0.0, -jnp.inf])
+    found = adapt(masked, start, jnp.ones(2), optimizer=sgd(0.5), steps=1)
+    np.testing.assert_array_equal(found, [-0.5, -np.inf])
+
+
+def test_step_rates_of_different_lengths():
+    """Such as rates an element, whose rows would pass for those of steps."""
+    model = {"a": jnp.ones((3, 4)), "b": jnp.ones((2, 3))}
+    rates = sgd(rates_like(model, 0.1, per="element"), per_step=True)
+    with refused("leading axis of as many steps each", "'a': 3, 'b': 2", "rates_like"):
+        rates.init(model)
+
+
+def test_numbers_out_of_their_range():
+    for name, value in (("b1", 1.0), ("b2", -0.1), ("eps", -1.0)):
+        with refused(f"`{name}` must"):
+            safe_adam(0.1, **{name: value})
+    for progress in (-0.1, 1.5):
+        with refused("`progress` must lie between 0 and 1"):
+            multi_step_weights(5, progress)
+    # As an array it is clipped, and a list of weights is one.
+    np.testing.assert_allclose(multi_step_weights(2, jnp.asarray(-3.0)), [0.5, 0.5])
+    task = Task(SUPPORT, SUPPORT)
+    listed = maml(loss, **HOW, step_weights=[0.5, 0.5])(MODEL, task)
+    assert listed == maml(loss, **HOW, step_weights=jnp.full(2, 0.5))(MODEL, task)

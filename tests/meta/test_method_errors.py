@@ -16,6 +16,8 @@ from capibara_eqx.meta import (
     cavia,
     imaml,
     implicit_adapt,
+    maml,
+    meta_sgd,
     only,
     protonet,
     prototype_logits,
@@ -222,3 +224,46 @@ def test_a_part_that_holds_nothing():
     with refused("only: `part` must choose at least one floating point array"):
         cavia(loss, **INNER)(learner, Task(BATCH, BATCH))
     assert only({"a": MODEL}, lambda model: model["a"]) == {"a": True}
+
+
+def test_a_learned_strength_that_is_not_positive():
+    for strength in (-0.5, 0.0):
+        with pytest.raises(Exception, match="`strength` must be positive"):
+            implicit_adapt(loss, MODEL, BATCH, **INNER, strength=jnp.asarray(strength))
+
+
+def test_numbers_that_are_whole_where_real_ones_are_due():
+    whole = jnp.ones((2, 3), "int32")
+    with refused("ridge_head: `x` must be floating point, got int32"):
+        ridge_head(whole, BATCH, 0.0)
+    with refused("ridge_head: `y` must be floating point, got int32"):
+        ridge_head(BATCH, whole, 0.0)
+    with refused("prototypes: `x` must be floating point, got int32"):
+        prototypes(whole, jnp.arange(2), 2)
+    with refused("WithContext: `x` must be floating point, got int32"):
+        WithContext.init(lambda x: x, 2)(whole)
+
+
+def test_what_is_to_be_classified():
+    learner, labels = WithRidge.init(None), jnp.arange(2)
+    with refused("WithRidge: `query` must hold at least one example"):
+        learner.classify(BATCH, labels, EMPTY, num_classes=2)
+    with refused("WithRidge: `query` must have 3 elements", "(2, 4)"):
+        learner.classify(BATCH, labels, jnp.ones((2, 4)), num_classes=2)
+    with refused("WithRidge: `query` must be (*batch, q, d)", "(1, 2, 3)"):
+        learner.classify(BATCH, labels, BATCH[None], num_classes=2)
+    for centres in (jnp.ones(3), jnp.ones((2, 2, 3))):
+        with refused("prototype_logits: `x` and `centres` must be", str(centres.shape)):
+            prototype_logits(BATCH, centres)
+
+
+def test_a_learner_or_a_task_of_another_kind():
+    with refused("meta_sgd: the learner must be a WithRates", "WithRates.init"):
+        meta_sgd(loss, steps=1)(MODEL, Task(BATCH, BATCH))
+    with refused("r2d2: the learner must be a WithRidge", "WithRidge.init"):
+        r2d2(encode, num_classes=2)(None, labelled())
+    for method in (maml(loss, **INNER), imaml(loss, **IMPLICIT)):
+        with refused("the task must be a Task, got tuple", "Task(support, query)"):
+            method(MODEL, (BATCH, BATCH))
+    with refused("protonet: the task must be a Task"):
+        protonet(encode, num_classes=2)(None, (BATCH, BATCH))

@@ -2,6 +2,7 @@ from ._activation import activate as activate
 from ._activation import check_activation as check_activation
 from ._checks import check_choice as check_choice
 from ._checks import check_flag as check_flag
+from ._checks import check_floating as check_floating
 from ._checks import check_ids as check_ids
 from ._checks import check_keys as check_keys
 from ._checks import check_last_axis as check_last_axis

@@ -142,16 +142,23 @@ def check_last_axis(
         )
 
 
+def check_floating(
+    layer: str, argument: str, x: Shaped[Array, "..."], hint: str = ""
+) -> None:
+    """Raise `ValueError` unless `x` is of real numbers."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"{layer}: `{argument}` must be floating point, got {x.dtype}. Convert it, "
+            f"as in `{argument}.astype(jnp.float32)`{hint}."
+        )
+
+
 def check_sequence(
     layer: str, argument: str, x: Shaped[Array, "..."], size: int
 ) -> None:
     """Raise `ValueError` unless `x` is `(*batch, seq >= 1, size)`, of real numbers."""
     check_last_axis(layer, argument, x, size)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(
-            f"{layer}: `{argument}` must be floating point, got {x.dtype}. Convert it, "
-            f"as in `{argument}.astype(jnp.float32)`; token ids need an embedding."
-        )
+    check_floating(layer, argument, x, "; token ids need an embedding")
     if x.ndim < 2:
         raise ValueError(
             f"{layer}: `{argument}` must be a sequence (*batch, seq, {size}), got "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from ..internal import check_size
+from ..internal import check_floating, check_size
 from ._maml import maml
 from ._selection import only
 
@@ -52,6 +52,7 @@ class WithContext(eqx.Module):
 
         What `model` makes of `(*batch, d_in + d_context)`.
         """
+        check_floating("WithContext", "x", x)
         size = self.context.shape[-1]
         context = jnp.broadcast_to(self.context.astype(x.dtype), (*x.shape[:-1], size))
         x = jnp.concatenate([x, context], axis=-1)

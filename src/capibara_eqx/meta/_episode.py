@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Integer, PRNGKeyArray, PyTree
 from ..internal import accumulate, check_size, split_or_none
 from ..layers._id_range import ids_in_range
 from ._inner_loop import check_batch
-from ._task import Task
+from ._task import Task, check_task
 
 
 def check_labels(
@@ -67,6 +67,7 @@ def embed_task(
     key: PRNGKeyArray | None,
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """Embeddings and checked labels of the support and of the query."""
+    check_task(function, task)
     parts = []
     keys = split_or_none(key, 2)
     for name, part_key in zip(("support", "query"), keys, strict=True):

@@ -84,6 +84,7 @@ def check_targets(
 ) -> tuple[Targets, bool]:
     """The targets, labels checked, and whether there is one for a whole sequence."""
     examples, seq = support_x.shape[:2]
+    support_y = jnp.asarray(support_y)
     if jnp.issubdtype(support_y.dtype, jnp.floating):
         whole, steps = (examples, d_out), (examples, seq, d_out)
         what = "of floating point targets"

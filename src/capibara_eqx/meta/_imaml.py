@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PyTree
 from ..internal import split_or_none
 from ._implicit_adapt import implicit_adapt
 from ._inner_loop import call_loss, check_batch
+from ._task import check_task
 
 
 def imaml(
@@ -18,7 +19,7 @@ def imaml(
     steps: int,
     where: PyTree = eqx.is_inexact_array,
     cg_steps: int | None = None,
-    cg_tolerance: float = 1e-5,
+    cg_tolerance: float | None = None,
 ) -> Callable[..., Float[Array, ""]]:
     r"""The loss of a task after adapting to it near the start, with implicit gradients.
 
@@ -50,6 +51,7 @@ def imaml(
     """
 
     def task_loss(model, task, *, key=None):
+        check_task("imaml", task)
         check_batch("imaml", "query", task.query)
         inner_key, query_key = split_or_none(key, 2)
         adapted = implicit_adapt(

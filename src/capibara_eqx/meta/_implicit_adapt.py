@@ -23,7 +23,7 @@ def implicit_adapt(
     steps: int,
     where: PyTree = eqx.is_inexact_array,
     cg_steps: int | None = None,
-    cg_tolerance: float = 1e-5,
+    cg_tolerance: float | None = None,
     key: PRNGKeyArray | None = None,
 ) -> PyTree:
     r"""A model that has learned a task near its start, with derivatives of the optimum.
@@ -54,7 +54,8 @@ def implicit_adapt(
         the approximation of the paper, which takes 5. If not given, they go on to the
         tolerance, and 1000 steps that do not reach it are an error.
     - `cg_tolerance`: norm of the remaining error of the system over that of its right
-        hand side at which they stop.
+        hand side at which they stop. If not given, 1e-5, or what the products with the
+        Hessian can reach in the dtype of the leaves that adapt.
     - `key`: the same in every step, so that the loss stays one function.
 
     **Returns:**
@@ -64,8 +65,9 @@ def implicit_adapt(
     **Raises:**
 
     What `adapt` raises, and `ValueError` for a `strength` or `cg_tolerance` that is
-    not positive, or complex leaves that adapt. At run time, when a gradient is taken,
-    if conjugate gradients do not converge or find something that is not finite.
+    not positive, or complex leaves that adapt. At run time for a `strength` that is an
+    array and not positive; and, when a gradient is taken, if conjugate gradients do not
+    converge or find something that is not finite.
 
     !!! example
 
@@ -81,8 +83,8 @@ def implicit_adapt(
     """
     params, rest = split("implicit_adapt", model, where)
     strength = _checked_strength(strength)
-    solver = _solver(cg_steps, cg_tolerance)
     _check_real(params)
+    solver = _solver(cg_steps, cg_tolerance, params)
     check_batch("implicit_adapt", "support", support)
 
     def support_loss(params):
@@ -130,12 +132,25 @@ def _checked_strength(strength: float | Float[Array, ""]) -> Float[Array, ""]:
         raise ValueError(
             f"implicit_adapt: `strength` must be one number, got shape {number.shape}."
         )
-    return number
+    if not jnp.issubdtype(number.dtype, jnp.floating):
+        number = number.astype(float)
+    return eqx.error_if(
+        number,
+        ~(number > 0),
+        "implicit_adapt: `strength` must be positive. Was it learned as it is? Its "
+        "logarithm may be any number: pass `jnp.exp(log_strength)`.",
+    )
 
 
-def _solver(cg_steps: int | None, cg_tolerance: float) -> Solver:
+def _solver(cg_steps: int | None, cg_tolerance: float | None, params: PyTree) -> Solver:
     if cg_steps is not None:
         check_size("cg_steps", cg_steps)
+    if cg_tolerance is None:
+        # A rounding of each product, and of the vector that it is compared with.
+        roundings = [
+            float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params)
+        ]
+        return Solver(cg_steps, max(1e-5, 8 * max(roundings)))
     check_range(
         "cg_tolerance",
         cg_tolerance,

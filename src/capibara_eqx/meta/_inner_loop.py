@@ -66,7 +66,7 @@ def inner_loop(
 
     start = (params, takes_any.init(params))
     (last, _), (every, values) = _scan(step, start, steps, remat)
-    return _finite(function, every if keep_all else last, values)
+    return _finite(function, every if keep_all else last, values, params, last)
 
 
 def _scan(step, carry, steps, remat):
@@ -144,30 +144,55 @@ def check_batch(function: str, argument: str, batch: PyTree) -> None:
             )
 
 
-def _check(function, optimizer, steps, first_order, remat) -> None:
+def check_steps(function: str, argument: str, steps: Any) -> None:
+    """Raise `ValueError` unless `steps` is a whole number, 0 or more."""
     whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)
     if not whole or steps < 0:
         raise ValueError(
-            f"{function}: `steps` must be a whole number, 0 or more, got {steps!r}. "
-            "It is known while compiling: not an array."
+            f"{function}: `{argument}` must be a whole number, 0 or more, got "
+            f"{steps!r}. It is known while compiling: not an array."
         )
+
+
+def _check(function, optimizer, steps, first_order, remat) -> None:
+    check_steps(function, "steps", steps)
     check_flag("first_order", first_order)
     check_choice("remat", remat, REMAT)
     check_optimizer(function, optimizer)
 
 
-def _finite(function: str, params: PyTree, values: Float[Array, " steps"]) -> PyTree:
-    """`params`; an error at run time if a loss was not finite, with its step."""
+def _finite(
+    function: str,
+    result: PyTree,
+    values: Float[Array, " steps"],
+    first: PyTree,
+    last: PyTree,
+) -> PyTree:
+    """`result`; an error at run time if a loss was not finite, with its step.
+
+    Nor may parameters be that were: after the last step there is no loss.
+    """
     steps = values.shape[0]
     if not steps:
-        return params
-    broken = ~jnp.isfinite(values)
+        return result
+    lost = [
+        jnp.any(jnp.isfinite(before) & ~jnp.isfinite(after))
+        for before, after in zip(
+            jax.tree.leaves(first), jax.tree.leaves(last), strict=True
+        )
+    ]
+    lost = jnp.any(jnp.stack(lost), keepdims=True)
+    broken = jnp.concatenate([~jnp.isfinite(values), lost])
+    hint = "Is the inner rate too large, or is the support set not finite itself?"
     # Of one message a step, since only the number of a message is known at run time.
     messages = [
-        f"{function}: the inner loss is not finite at step {step} of {steps}. Is the "
-        "inner rate too large, or is the support set not finite itself?"
+        f"{function}: the inner loss is not finite at step {step} of {steps}. {hint}"
         for step in range(1, steps + 1)
     ]
+    messages.append(
+        f"{function}: the parameters are not finite after the last of {steps} steps. "
+        f"{hint}"
+    )
     return eqx.branched_error_if(
-        params, jnp.any(broken), jnp.argmax(broken).astype(jnp.int32), messages
+        result, jnp.any(broken), jnp.argmax(broken).astype(jnp.int32), messages
     )

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from ..internal import check_size, split_or_none
+from ..internal import check_range, check_size, split_or_none
 from ._adapt import adapt, adapt_trajectory
 from ._inner_loop import call_loss, check_batch
 from ._selection import split
+from ._task import check_task
 
 
 def maml(
@@ -65,6 +66,7 @@ def maml(
     }
 
     def after_last(model, task, *, key=None):
+        check_task("maml", task)
         check_batch("maml", "query", task.query)
         inner_key, query_key = split_or_none(key, 2)
         model = adapt(loss, model, task.support, key=inner_key, **how)
@@ -72,9 +74,10 @@ def maml(
 
     if step_weights is None:
         return after_last
-    weights = step_weights
+    weights = jnp.asarray(step_weights)
 
     def after_every(model, task, *, key=None):
+        check_task("maml", task)
         check_batch("maml", "query", task.query)
         _check_weights(weights, steps)
         inner_key, query_key = split_or_none(key, 2)
@@ -117,7 +120,8 @@ def multi_step_weights(
 
     **Raises:**
 
-    `ValueError` for `steps` that are not positive.
+    `ValueError` for `steps` that are not positive, or a number `progress` outside of
+    [0, 1]; an array is clipped.
 
     !!! example
 
@@ -127,7 +131,10 @@ def multi_step_weights(
         ```
     """
     check_size("steps", steps)
-    share = jnp.maximum(1 - jnp.asarray(progress, float), 0.03) / steps
+    if not eqx.is_array(progress):
+        check_range("progress", progress, least=0, most=1)
+    progress = jnp.clip(jnp.asarray(progress, float), 0, 1)
+    share = jnp.maximum(1 - progress, 0.03) / steps
     return jnp.full(steps, share).at[-1].set(1 - (steps - 1) * share)
 
 

@@ -25,6 +25,7 @@ from ._few_shot_net import (
     arrays_like,
     check_like,
 )
+from ._inner_loop import check_steps
 from ._sgd import sgd
 
 
@@ -123,7 +124,7 @@ class MetaLA(eqx.Module):
         check_probability("dropout_rate", dropout_rate)
         check_choice("method", method, METHODS)
         check_positive("inner_rate", inner_rate)
-        _check_steps(adaptation_steps)
+        check_steps("MetaLA", "adaptation_steps", adaptation_steps)
         encoder_key, head_key = jax.random.split(key)
         self.net = FewShotNet(
             AttentionEncoder(d_model, n_heads, dropout_rate, dtype, key=encoder_key),
@@ -337,10 +338,3 @@ class MetaLA(eqx.Module):
         """All of the network, with `weights` where it adapts."""
         check_like(argument, weights, self.meta_weights, self.method)
         return eqx.combine(weights, self.net)
-
-
-def _check_steps(steps: object) -> None:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(
-            f"`adaptation_steps` must be a whole number, 0 or more, got {steps!r}."
-        )

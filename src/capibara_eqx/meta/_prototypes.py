@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
-from ..internal import accumulate, check_last_axis, check_size, promote_dtypes
+from ..internal import (
+    accumulate,
+    check_floating,
+    check_last_axis,
+    check_size,
+    promote_dtypes,
+)
 from ._episode import check_labels, cross_entropy, embed_task
 from ._inner_loop import check_batch
 
@@ -46,6 +52,7 @@ def prototypes(
         ```
     """
     check_batch("prototypes", "x", x)
+    check_floating("prototypes", "x", x)
     labels = check_labels("prototypes", "labels", labels, num_classes, x.shape[:-1])
     return _means(x, labels, num_classes)
 
@@ -79,6 +86,12 @@ def prototype_logits(
         logits = prototype_logits(jnp.ones((3, 64)), centres)   # (3, 5)
         ```
     """
+    if x.ndim < 2 or centres.ndim != x.ndim or x.shape[:-2] != centres.shape[:-2]:
+        raise ValueError(
+            "prototype_logits: `x` and `centres` must be (*batch, q, d) and (*batch, "
+            f"num_classes, d), got shapes {x.shape} and {centres.shape}. Use `jax.vmap` "
+            "for what has other axes in front."
+        )
     check_last_axis("prototype_logits", "x", x, centres.shape[-1])
     kind = promote_dtypes(jnp.float32, x.dtype, centres.dtype)
     difference = x.astype(kind)[..., :, None, :] - centres.astype(kind)[..., None, :, :]

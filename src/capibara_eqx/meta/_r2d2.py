@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, PyTree
 
-from ..internal import check_range, check_size, promote_dtypes
+from ..internal import (
+    check_floating,
+    check_last_axis,
+    check_range,
+    check_size,
+    promote_dtypes,
+)
 from ._episode import check_labels, cross_entropy, embed_task
 from ._inner_loop import check_batch
 from ._ridge_head import ridge_head
@@ -77,7 +83,15 @@ class WithRidge(eqx.Module):
         `ValueError` for shapes that do not fit or are empty. At run time for a label
         that is out of range.
         """
-        check_batch("WithRidge", "support", support)
+        for name, array in (("support", support), ("query", query)):
+            check_batch("WithRidge", name, array)
+            check_floating("WithRidge", name, array)
+        check_last_axis("WithRidge", "query", query, support.shape[-1])
+        if query.shape[:-2] != support.shape[:-2] or query.ndim < 2:
+            raise ValueError(
+                "WithRidge: `query` must be (*batch, q, d) with the axes in front that "
+                f"`support` has, {support.shape}; got shape {query.shape}."
+            )
         labels = check_labels(
             "WithRidge", "labels", labels, num_classes, support.shape[:-1]
         )
@@ -125,6 +139,12 @@ def r2d2(
     check_size("num_classes", num_classes)
 
     def task_loss(learner, task, *, key=None):
+        if not isinstance(learner, WithRidge):
+            raise ValueError(
+                "r2d2: the learner must be a WithRidge, a model with what its head "
+                f"learns, got {type(learner).__name__}. Make it with "
+                "`meta.WithRidge.init(model)`."
+            )
         model = learner.model
         support, query = embed_task("r2d2", encode, model, task, num_classes, key)
         logits = _classify(learner, *support, query[0], num_classes)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 from jaxtyping import Array, Float
 
-from ..internal import accumulator_dtype
+from ..internal import accumulator_dtype, check_floating
 from ._inner_loop import check_batch
 
 
@@ -74,8 +74,9 @@ def _check(x: Array, y: Array, log_lambda: float | Array) -> None:
             f"many examples each, got shapes {x.shape} and {y.shape}. One target a "
             "example is `y[:, None]`, labels are `jax.nn.one_hot(labels, num_classes)`."
         )
-    check_batch("ridge_head", "x", x)
-    check_batch("ridge_head", "y", y)
+    for name, array in (("x", x), ("y", y)):
+        check_batch("ridge_head", name, array)
+        check_floating("ridge_head", name, array)
     if jnp.shape(log_lambda) != ():
         raise ValueError(
             "ridge_head: `log_lambda` must be one number, got shape "

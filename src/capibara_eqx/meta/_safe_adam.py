@@ -39,7 +39,8 @@ def safe_adam(
 
     **Raises:**
 
-    `ValueError` for an `eps_root` that is not positive, and as `sgd`.
+    `ValueError` for an `eps_root` that is not positive, decays outside of [0, 1), a
+    negative `eps`, and as `sgd`.
 
     !!! example
 
@@ -53,5 +54,8 @@ def safe_adam(
         above=0,
         hint="optax.adam is the one without it, whose second derivatives may be NaN.",
     )
+    for name, value in (("b1", b1), ("b2", b2)):
+        check_range(name, value, least=0, below=1)
+    check_range("eps", eps, least=0)
     moments = optax.scale_by_adam(b1=b1, b2=b2, eps=eps, eps_root=eps_root)
     return optax.chain(moments, sgd(rates, per_step=per_step))

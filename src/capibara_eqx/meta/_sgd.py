@@ -141,6 +141,13 @@ def _check(rates: PyTree, params: PyTree, per_step: bool) -> None:
                 "leaves have the same names, the nodes around them are others. Make "
                 "them of this model, with `meta.rates_like`."
             )
+    lengths = {path: rate.shape[0] for path, rate in found.items() if rate.ndim}
+    if per_step and len(set(lengths.values())) > 1:
+        raise ValueError(
+            "sgd: with per_step=True the leaves of `rates` must have a leading axis of "
+            f"as many steps each, got {lengths}. Make them with `meta.rates_like(..., "
+            "steps=5)`, or pass per_step=False for rates that stay the same."
+        )
     for path, rate in found.items():
         shape = rate.shape
         if per_step and (rate.ndim == 0 or shape[0] == 0):

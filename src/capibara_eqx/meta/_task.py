@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 from jaxtyping import PyTree
 
@@ -17,3 +19,12 @@ class Task(eqx.Module):
 
     support: PyTree
     query: PyTree
+
+
+def check_task(function: str, task: Any) -> None:
+    """Raise `ValueError` unless `task` has a support set and a query."""
+    if not (hasattr(task, "support") and hasattr(task, "query")):
+        raise ValueError(
+            f"{function}: the task must be a Task, got {type(task).__name__}. Make it "
+            "as `meta.Task(support, query)`."
+        )
