@@ -14,7 +14,7 @@ from ._task import check_task
 def imaml(
     loss: Callable[..., Any],
     *,
-    strength: float | Float[Array, ""],
+    strength: int | float | Float[Array, ""],
     optimizer: optax.GradientTransformation,
     steps: int,
     where: PyTree = eqx.is_inexact_array,

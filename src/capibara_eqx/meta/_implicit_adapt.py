@@ -18,7 +18,7 @@ def implicit_adapt(
     model: PyTree,
     support: PyTree,
     *,
-    strength: float | Float[Array, ""],
+    strength: int | float | Float[Array, ""],
     optimizer: optax.GradientTransformation,
     steps: int,
     where: PyTree = eqx.is_inexact_array,
@@ -118,7 +118,7 @@ def implicit_adapt(
     return eqx.combine(found, rest)
 
 
-def _checked_strength(strength: float | Float[Array, ""]) -> Float[Array, ""]:
+def _checked_strength(strength: int | float | Float[Array, ""]) -> Float[Array, ""]:
     if not eqx.is_array(strength):
         check_range(
             "strength",

@@ -81,9 +81,9 @@ def meta_sgd(
     def task_loss(learner, task, *, key=None):
         if not isinstance(learner, WithRates):
             raise ValueError(
-                "meta_sgd: the learner must be a WithRates, a model with its rates, got "
-                f"{type(learner).__name__}. Make it with `meta.WithRates.init(model, "
-                "0.1)`."
+                "meta_sgd: the learner must be a WithRates, a model with its rates, "
+                f"got {type(learner).__name__}. Make it with `meta.WithRates.init("
+                "model, 0.1)`."
             )
         inner = maml(
             loss,

@@ -89,8 +89,8 @@ def prototype_logits(
     if x.ndim < 2 or centres.ndim != x.ndim or x.shape[:-2] != centres.shape[:-2]:
         raise ValueError(
             "prototype_logits: `x` and `centres` must be (*batch, q, d) and (*batch, "
-            f"num_classes, d), got shapes {x.shape} and {centres.shape}. Use `jax.vmap` "
-            "for what has other axes in front."
+            f"num_classes, d), got shapes {x.shape} and {centres.shape}. Use "
+            "`jax.vmap` for what has other axes in front."
         )
     check_last_axis("prototype_logits", "x", x, centres.shape[-1])
     kind = promote_dtypes(jnp.float32, x.dtype, centres.dtype)
