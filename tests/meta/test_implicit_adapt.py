@@ -144,9 +144,8 @@ def test_the_key_is_the_same_in_every_step(getkey):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_network_in_bfloat16():
-    """Its Hessian takes many steps, each rounded: those of float32 within roundings."""
+    """Its Hessian takes many steps, each rounded, which have to end somewhere."""
     model = eqx.nn.MLP(2, 1, 16, 2, jax.nn.tanh, key=jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (10, 2))
 
@@ -158,7 +157,7 @@ def test_a_network_in_bfloat16():
     @eqx.filter_grad
     def run(model, x):
         adapted = implicit_adapt(
-            loss, model, x, strength=1, optimizer=sgd(0.1), steps=40
+            loss, model, x, strength=5, optimizer=sgd(0.1), steps=40
         )
         return loss(adapted, x + 1)
 
@@ -167,10 +166,12 @@ def test_a_network_in_bfloat16():
             lambda leaf: leaf.astype(dtype) if eqx.is_array(leaf) else leaf, tree
         )
 
-    narrow = cast(run(cast(model, "bfloat16"), x.astype("bfloat16")), "float32")
-    wide = run(model, x)
+    start = cast(model, "bfloat16"), x.astype("bfloat16")
+    narrow = cast(run(*start), "float32")
+    wide = run(*cast(start, "float32"))
     difference = optax.tree.norm(jax.tree.map(jnp.subtract, narrow, wide))
-    assert difference < 20 * 2**-8 * optax.tree.norm(wide)
+    # Where conjugate gradients stop in bfloat16.
+    assert difference < 8 * 2**-7 * optax.tree.norm(wide)
 
 
 def test_bfloat16_and_mixed_parameters():
