@@ -176,9 +176,10 @@ print(found)
 # ## By what the inputs are: GPTQ
 #
 # The nearest code to every weight is not the one whose outputs are nearest, for inputs
-# have much in common: whole columns of pixels are always black. `collect_hessian` adds
-# up the products of inputs on the training set, `gptq` rounds column by column and lets
-# the columns still to come make up for the error. Form and bytes are the same.
+# have much in common: three of the 64 pixels are always black, and neighbours are
+# alike. `collect_hessian` adds up the products of inputs on the training set, `gptq`
+# rounds column by column and lets the columns still to come make up for the error. Form
+# and bytes are the same.
 
 
 # %%

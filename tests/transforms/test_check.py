@@ -131,6 +131,28 @@ def test_a_step_of_inputs_and_values_that_are_none():
         check(damaged("2:4", "places", (1, 0), 0))
 
 
+def test_what_training_left_that_is_no_number():
+    rules = [Rule("a/0/weight", Affine(4, learned_step=True))]
+    fake, _ = prepare_qat(model(), rules)
+    below = eqx.tree_at(lambda m: m["a"][0].weight.step, fake, replace_fn=lambda s: -s)
+    assert check(below) is below  # Its size is what counts.
+    broken = eqx.tree_at(
+        lambda m: m["a"][0].weight.step, fake, replace_fn=lambda s: s * jnp.nan
+    )
+    with refused("'a/0/weight'", "int4", "the learned step nan"):
+        check(broken)
+    adapted, _ = lora(model(), [Rule("a/0/weight", LoRA(2))], key=jax.random.key(0))
+    assert check(adapted) is adapted
+    for part in ("a", "b"):
+        broken = eqx.tree_at(
+            lambda m, part=part: getattr(m["a"][0].weight, part),
+            adapted,
+            replace_fn=lambda x: x.at[0, 0].set(jnp.inf),
+        )
+        with refused("'a/0/weight'", "the value of an adapter inf"):
+            check(broken)
+
+
 def test_under_an_adapter_in_training_and_in_a_stack():
     broken = damaged("narrow", "codes", (1, 2), 0)
     adapted, _ = lora(broken, [Rule("a/0/weight", LoRA(2))], key=jax.random.key(0))

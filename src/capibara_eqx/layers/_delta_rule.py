@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..internal import accumulator_dtype, check_size
+from ..internal import accumulator_dtype, check_floating, check_size
+from ._contain import find_spoiled, finite, finite_decay, strange_decay
 from ._token_chunks import decays, forgetting, read_tokens
 
 
@@ -81,19 +82,24 @@ def delta_rule(
     *batch, _, n_heads, head_dim = k.shape
     given = (q, k, v, beta, log_decay, initial_state)
     dtype = accumulator_dtype(*(x.dtype for x in given if x is not None))
+    if initial_state is None:
+        initial_state = jnp.zeros((*batch, n_heads, v.shape[-1], head_dim), dtype)
+    written = (k, v, beta)
+    if log_decay is not None:
+        written = (*written, strange_decay(log_decay))
+        log_decay = finite_decay(log_decay)
+    spoiled = find_spoiled(written, q, (initial_state,), reset)
     if reset is not None:
         none = jnp.zeros(beta.shape, dtype)
         log_decay = forgetting(none if log_decay is None else log_decay, reset)
-    if initial_state is None:
-        initial_state = jnp.zeros((*batch, n_heads, v.shape[-1], head_dim), dtype)
     o, state = read_tokens(
         _token,
         _chunk,
-        initial_state.astype(dtype),
-        (q, k, v, beta, log_decay),
+        finite(initial_state.astype(dtype)),
+        (finite(q), finite(k), finite(v), finite(beta), log_decay),
         _CHUNK if chunk_size is None else chunk_size,
     )
-    return o.astype(v.dtype), state
+    return spoiled.put(o).astype(v.dtype), spoiled.put_in_state(state)
 
 
 def _token(state, token):
@@ -166,6 +172,8 @@ def _check(q, k, v, beta, log_decay, initial_state, reset, chunk_size):
                 f"delta_rule: `{name}` must have {meaning}, here {tuple(shape)}; got "
                 f"{x.shape}."
             )
+    for name, x in {"q": q, "k": k, "v": v, "beta": beta}.items():
+        check_floating("delta_rule", name, x)
     if reset is not None and reset.dtype != jnp.bool_:
         raise ValueError(
             f"delta_rule: `reset` must be boolean, got {reset.dtype}. Compare to make "

@@ -2,6 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..internal import accumulator_dtype
+from ._contain import find_spoiled, finite, finite_decay, strange_decay
 from ._token_chunks import decays, forgetting, read_tokens
 
 
@@ -46,16 +47,19 @@ def linear_attention(
     token in float32 or wider.
     """
     dtype = accumulator_dtype(*(x.dtype for x in (q, k, v, log_decay, initial_state)))
+    written = (k, v, strange_decay(log_decay))
+    spoiled = find_spoiled(written, q, (initial_state,), reset)
+    log_decay = finite_decay(log_decay)
     if reset is not None:
         log_decay = forgetting(log_decay, reset)
     o, state = read_tokens(
         _token,
         _chunk,
-        initial_state.astype(dtype),
-        (q, k, v, log_decay),
+        finite(initial_state.astype(dtype)),
+        (finite(q), finite(k), finite(v), log_decay),
         _CHUNK if chunk_size is None else chunk_size,
     )
-    return o.astype(v.dtype), state
+    return spoiled.put(o).astype(v.dtype), spoiled.put_in_state(state)
 
 
 def _token(state, token):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from ..internal import accumulator_dtype
 from ..kernels import linear_recurrence, ssd
 from ._conjugate_gradient import conjugate_gradient
 
@@ -57,6 +58,12 @@ def mesa(
 
     $o$, and the sums after the last token.
     """
+
+    given = (q, k, v, log_decay, beta, ridge)
+    sums = (state.H, state.G)
+    dtype = accumulator_dtype(*(x.dtype for x in (*given, *sums)))
+    q, k, v, log_decay, beta, ridge = (x.astype(dtype) for x in given)
+    state = MesaState(*(x.astype(dtype) for x in sums))
 
     def summed(values, readers, before):
         """Sums of `values` times keys, and each times its token's reader."""

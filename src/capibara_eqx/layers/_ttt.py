@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..internal import accumulator_dtype
+from ._contain import find_spoiled, finite
 
 
 class FastWeights(eqx.Module):
@@ -87,6 +88,10 @@ def ttt(
     # Where nothing was read before, chunks are mini-batches: the form for training.
     aligned = state is None and valid is None
     before = start_fast_weights(start, tuple(batch)) if state is None else state
+    entering = (before.weights, before.gradient)
+    spoiled = find_spoiled((k, target, rate), q, entering, restart)
+    q, k, target, rate = map(finite, (q, k, target, rate))
+    before = FastWeights(*map(finite, entering), before.count)
     valid = jnp.ones((*batch, seq), jnp.bool_) if valid is None else valid
 
     def chunked(v) -> Any:
@@ -111,7 +116,12 @@ def ttt(
         y = jnp.moveaxis(y, 0, 1)
     y = y.reshape(rows, chunks * length, *target.shape[-2:])[:, :seq]
     after = jax.tree.map(lambda v: v.reshape(*batch, *v.shape[1:]), after)
-    return y.reshape(target.shape), after
+    after = FastWeights(
+        spoiled.put_in_state(after.weights),
+        spoiled.put_in_state(after.gradient),
+        after.count,
+    )
+    return spoiled.put(y.reshape(target.shape)), after
 
 
 class _Tokens(NamedTuple):

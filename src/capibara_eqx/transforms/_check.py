@@ -8,6 +8,7 @@ from ..arrays import (
     AbstractWeight,
     AffineArray,
     FakeQuantArray,
+    LoRAArray,
     SparseArray,
     TernaryArray,
 )
@@ -46,9 +47,10 @@ def check(model: PyTree) -> PyTree:
         ```
     """
     problems = [
-        f"{place.path!r}, kept as {place.value.spec}, has {words}"
+        f"{place.path!r}, kept as {node.spec}, has {words}"
         for place in places(model)
-        for words in _problems(place.value)
+        for node in (place.value, place.adapter)
+        for words in _problems(node)
     ]
     if not problems:
         return model
@@ -64,7 +66,7 @@ def check(model: PyTree) -> PyTree:
 
 def _problems(node: Any) -> list[str]:
     """What a node holds that cannot be, in words."""
-    if not isinstance(node, AffineArray | TernaryArray | SparseArray | FakeQuantArray):
+    if not isinstance(node, _KEPT):
         return []
     found = {name: (bool(bad), value) for name, (bad, value) in _found(node).items()}
     return [
@@ -74,12 +76,15 @@ def _problems(node: Any) -> list[str]:
     ]
 
 
+_KEPT = (AffineArray, TernaryArray, SparseArray, FakeQuantArray, LoRAArray)
 _WORDS = {
     "codes": "the code",
     "bytes": "the byte",
     "places": "the place",
     "values": "the value",
     "scale": "the step",
+    "learned": "the learned step",
+    "adapter": "the value of an adapter",
     "input_scale": "the step of inputs",
 }
 _REASONS = {
@@ -88,6 +93,8 @@ _REASONS = {
     "places": ", which is not in its group or not in order",
     "values": ", which is not finite",
     "scale": ", which is not positive and finite",
+    "learned": ", which is not finite",
+    "adapter": ", which is not finite",
     "input_scale": ", which is not positive and finite",
 }
 
@@ -117,6 +124,13 @@ def _found(node: AbstractWeight) -> dict[str, tuple[Bool[Array, ""], Array]]:
         found["values"] = _first(~jnp.isfinite(node.values), node.values)
     if isinstance(node, FakeQuantArray):
         found["values"] = _first(~jnp.isfinite(node.weight), node.weight)
+        # Training may take one below zero: its size is what counts.
+        if node.step is not None:
+            found["learned"] = _first(~jnp.isfinite(node.step), node.step)
+    if isinstance(node, LoRAArray):
+        parts = [x for x in (node.a, node.b, node.magnitude) if x is not None]
+        values = jnp.concatenate([x.ravel().astype(node.a.dtype) for x in parts])
+        found["adapter"] = _first(~jnp.isfinite(values), values)
     step = getattr(node, "input_scale", None)
     if step is not None:
         found["input_scale"] = _first(~_positive(step), step)

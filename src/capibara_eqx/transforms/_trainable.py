@@ -16,8 +16,7 @@ def trainable_spec(model: PyTree, also: Sequence[str] = ()) -> PyTree:
 
     In a model with adapters (`transforms.lora`) these alone. In every other one each
     floating point array but the steps of weights that are kept as codes, and those of
-    inputs. Codes
-    themselves are whole numbers, of which there is no gradient.
+    inputs. Codes themselves are whole numbers, of which there is no gradient.
 
     **Arguments:**
 
