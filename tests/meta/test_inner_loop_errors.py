@@ -272,14 +272,16 @@ def test_step_rates_of_different_lengths():
 
 
 def test_numbers_out_of_their_range():
-    for name, value in (("b1", 1.0), ("b2", -0.1), ("eps", -1.0)):
-        with refused(f"`{name}` must"):
-            safe_adam(0.1, **{name: value})
+    for wrong in ({"b1": 1.0}, {"b2": -0.1}, {"eps": -1.0}):
+        arguments: dict[str, Any] = wrong
+        with refused(f"`{next(iter(wrong))}` must"):
+            safe_adam(0.1, **arguments)
     for progress in (-0.1, 1.5):
         with refused("`progress` must lie between 0 and 1"):
             multi_step_weights(5, progress)
-    # As an array it is clipped, and a list of weights is one.
+    # As an array it is clipped, and a list of weights becomes one.
     np.testing.assert_allclose(multi_step_weights(2, jnp.asarray(-3.0)), [0.5, 0.5])
     task = Task(SUPPORT, SUPPORT)
-    listed = maml(loss, **HOW, step_weights=[0.5, 0.5])(MODEL, task)
+    weights: Any = [0.5, 0.5]
+    listed = maml(loss, **HOW, step_weights=weights)(MODEL, task)
     assert listed == maml(loss, **HOW, step_weights=jnp.full(2, 0.5))(MODEL, task)

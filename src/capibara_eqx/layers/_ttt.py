@@ -91,7 +91,7 @@ def ttt(
     entering = (before.weights, before.gradient)
     spoiled = find_spoiled((k, target, rate), q, entering, restart)
     q, k, target, rate = map(finite, (q, k, target, rate))
-    before = FastWeights(*map(finite, entering), before.count)
+    before = FastWeights(finite(entering[0]), finite(entering[1]), before.count)
     valid = jnp.ones((*batch, seq), jnp.bool_) if valid is None else valid
 
     def chunked(v) -> Any:

@@ -50,6 +50,7 @@ def check(model: PyTree) -> PyTree:
         f"{place.path!r}, kept as {node.spec}, has {words}"
         for place in places(model)
         for node in (place.value, place.adapter)
+        if node is not None
         for words in _problems(node)
     ]
     if not problems:
