@@ -4,13 +4,14 @@ import dataclasses
 import datetime
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .._environment import ROOT, Load, commit, device, versions
 from .._records import SCHEMA
+from .._tables import Record
 
 
 KIND = "trained"
@@ -45,16 +46,17 @@ class Recorder:
 
     - `folder`: of all records; the file is `<experiment>.jsonl`.
     - `quick`: marks the records as those of a trial, which no page quotes.
+    - `run`: the name of the run that these records belong to; a new one by default.
     """
 
-    def __init__(self, folder: Path, *, quick: bool):
+    def __init__(self, folder: Path, *, quick: bool, run: str | None = None):
         now = datetime.datetime.now(datetime.UTC)
         self._folder = folder
         # The commit is that of the start: a long run should not change it.
         self._common = {
             "kind": KIND,
             "schema": SCHEMA,
-            "run": f"{now:%Y-%m-%dT%H:%M:%SZ}",
+            "run": f"{now:%Y-%m-%dT%H:%M:%SZ}" if run is None else run,
             "quick": quick,
             **commit(),
             "device": device(),
@@ -70,6 +72,12 @@ class Recorder:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def last_run(records: Iterable[Record], experiment: str) -> list[Record]:
+    """Of records, the oldest first, those of the last run of an experiment."""
+    own = [r for r in records if r["experiment"] == experiment]
+    return [r for r in own if r["run"] == own[-1]["run"]]
 
 
 def timed(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:

@@ -150,14 +150,34 @@ class ConvNet(eqx.Module):
         return y.reshape(len(y), -1)
 
 
-def run(quick: bool, path: Path) -> Iterator[Outcome]:
-    """Yield an outcome for each method, number of shots, seed and checkpoint."""
+def run(quick: bool, path: Path, begun: Sequence[Record] = ()) -> Iterator[Outcome]:
+    """Yield an outcome for each method, number of shots, seed and checkpoint.
+
+    **Arguments:**
+
+    - `quick`: train tiny models for two steps.
+    - `path`: of the drawings.
+    - `begun`: records of a run that was interrupted. A learner that had its whole time
+        is not trained again; any other begins anew.
+    """
     settings = QUICK if quick else Settings()
     pool = omniglot(path)
+    done = {(r["model"], r["seed"]) for r in begun if _had_its_time(r)}
     for shots in SHOTS:
         for name in METHODS:
             for seed in settings.seeds:
-                yield from _outcomes(name, shots, seed, pool, settings)
+                if (_model(name, shots), seed) not in done:
+                    yield from _outcomes(name, shots, seed, pool, settings)
+
+
+def _model(name: str, shots: int) -> str:
+    return f"{name}, {shots} shots"
+
+
+def _had_its_time(record: Record) -> bool:
+    settings, steps = record["settings"], record["curve"][-1]["step"]
+    trained = record["results"]["trained_s"] >= settings["seconds"]
+    return trained or steps >= settings["schedule"]["steps"]
 
 
 def _outcomes(
@@ -188,7 +208,7 @@ def _outcomes(
         data=train,
     )
     pixels = judge_pixels(PIXELS, test, episodes, test_keys)
-    model, given = f"{name}, {shots} shots", dataclasses.asdict(settings)
+    model, given = _model(name, shots), dataclasses.asdict(settings)
     curve, trained = [], 0.0
     while trained < settings.seconds and loop.steps < schedule.steps:
         begun, losses = time.perf_counter(), []

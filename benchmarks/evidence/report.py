@@ -10,7 +10,7 @@ from .._environment import ROOT
 from .._records import read_records
 from .._tables import Record, bar_table
 from ._experiments import EXPERIMENTS
-from ._records import FOLDER
+from ._records import FOLDER, last_run
 
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
@@ -29,7 +29,8 @@ make evidence ARGS="--only parity --only digits"
 make evidence ARGS="--only omniglot --omniglot omniglot28.npz"
 ```
 
-Omniglot is skipped without its file, which `meta.tasks.omniglot` describes.
+Omniglot is skipped without its file, which `meta.tasks.omniglot` describes. It takes
+over three hours; with `--resume` an interrupted run leaves out what it has finished.
 
 What was wanted stands beside what was measured, and what was missed stays here. The
 wanted figures are published ones where the task is the published one in small.
@@ -76,13 +77,8 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
 def _newest(records: Iterable[Record]) -> dict[str, list[Record]]:
     """The records of each experiment's last run, in the order of the page."""
     records = list(records)
-    runs = {r["experiment"]: r["run"] for r in records}
-    newest = {
-        name: [r for r in records if (r["experiment"], r["run"]) == (name, runs[name])]
-        for name in EXPERIMENTS
-        if name in runs
-    }
-    return newest
+    newest = {name: last_run(records, name) for name in EXPERIMENTS}
+    return {name: own for name, own in newest.items() if own}
 
 
 def _image(name: str) -> str:
@@ -110,14 +106,14 @@ def _chapter(name: str, records: Sequence[Record]) -> str:
 def _provenance(records: Sequence[Record]) -> list[str]:
     """Settings, machine, commit and versions, as they are in the records."""
     first = records[0]
-    commit = (first["commit"] or "unknown")[:10]
-    state = " with changes" if first["dirty"] else ""
+    # A run that was interrupted may have gone on at another commit.
+    commits = ", ".join(dict.fromkeys(_commit(r) for r in records))
     versions = ", ".join(
         f"{name} {first['versions'][name]}" for name in ("python", "jax", "equinox")
     )
     seeds = ", ".join(str(seed) for seed in dict.fromkeys(r["seed"] for r in records))
     lines = [
-        f"Run {first['run']}, commit `{commit}`{state}, {first['device']['model']}, "
+        f"Run {first['run']}, commit {commits}, {first['device']['model']}, "
         f"{first['device']['cores']} cores, {versions}; seeds {seeds}."
     ]
     loads = [r["load_of_others"] for r in records if r["load_of_others"] is not None]
@@ -128,6 +124,11 @@ def _provenance(records: Sequence[Record]) -> list[str]:
         )
     settings = ", ".join(_settings(first["settings"]))
     return [" ".join(lines), "", f"Settings: {settings}.", ""]
+
+
+def _commit(record: Record) -> str:
+    state = " with changes" if record["dirty"] else ""
+    return f"`{(record['commit'] or 'unknown')[:10]}`{state}"
 
 
 def _settings(settings: Record) -> list[str]:

@@ -1,14 +1,22 @@
 """Meta-learning: what is judged, claimed and shown; learning itself is slow."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.signal
 
+from benchmarks._records import read_records
 from benchmarks.evidence import _few_shot, few_shot_digits, omniglot, sinusoid
 from benchmarks.evidence.__main__ import main
+from benchmarks.evidence._experiments import EXPERIMENTS
 from benchmarks.evidence._meta_training import margin
-from capibara_eqx.meta import Task
+from benchmarks.evidence._models import ReLUNetwork
+from benchmarks.evidence._records import Outcome, last_run
+from capibara_eqx.meta import Task, WithRates
+from capibara_eqx.meta.tasks import sample_sinusoids
 
 
 def sine_record(model, found, steps=7):
@@ -48,6 +56,16 @@ def test_sines_are_claimed_after_one_step_from_ten_shots():
     assert bars["sinusoid_MAML"].value == 0.3
     assert bars["sinusoid_MAML"].passed
     assert not bars["sinusoid_CAVIA"].passed
+
+
+def test_rates_that_are_too_large_show_in_the_errors():
+    tasks = sample_sinusoids(jax.random.key(0), 3, shots=2, queries=2)
+    network = ReLUNetwork((1, 8, 1), key=jax.random.key(1))
+    learner = WithRates.init(network, 1e6)
+    method = sinusoid.METHODS["Meta-SGD"]
+    found = sinusoid.errors(sinusoid.predictions(method, learner, tasks), tasks)
+    assert np.isfinite(found[:, 0]).all()
+    assert (~(found[:, 1:] < 1e6)).all()
 
 
 def task_of_pixels():
@@ -127,6 +145,67 @@ def test_the_last_checkpoint_counts():
     assert bars["omniglot_R2-D2_1_shots"].value == pytest.approx(40)
     assert bars["omniglot_R2-D2_1_shots"].passed
     assert not bars["omniglot_MAML_5_shots"].passed
+
+
+def test_what_had_its_time_is_not_trained_again(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (6, 7, 5, 5))
+    np.savez(tmp_path / "some.npz", X=images.astype(np.uint8))
+    trained = []
+
+    def outcomes(name, shots, seed, pool, settings):
+        trained.append((name, shots, seed))
+        return iter([])
+
+    monkeypatch.setattr(omniglot, "_outcomes", outcomes)
+    begun = [
+        {
+            **character_record(model, 0.5, step),
+            "settings": {"seconds": seconds, "schedule": {"steps": 20}},
+        }
+        for model, step, seconds in [
+            ("R2-D2, 1 shots", 10, 10.0),
+            ("R2-D2, 1 shots", 15, 8.0),
+            ("MAML, 1 shots", 10, 10.0),
+            ("ProtoNet, 5 shots", 20, 10.0),
+        ]
+    ]
+    assert list(omniglot.run(True, tmp_path / "some.npz", begun)) == []
+    assert trained == [
+        ("MAML", 1, 0),
+        ("ProtoNet", 1, 0),
+        ("R2-D2", 5, 0),
+        ("MAML", 5, 0),
+    ]
+
+
+def test_an_interrupted_run_goes_on_under_its_name(tmp_path, monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (6, 7, 5, 5))
+    np.savez(tmp_path / "some.npz", X=images.astype(np.uint8))
+    arguments = ["--quick", "--results", str(tmp_path), "--only", "omniglot"]
+    arguments += ["--omniglot", str(tmp_path / "some.npz")]
+    seen = []
+
+    def run(quick, path, begun):
+        seen.append([r["model"] for r in begun])
+        yield Outcome(f"learner {len(seen)}", 0, {}, 1, {})
+
+    experiment = dataclasses.replace(EXPERIMENTS["omniglot"], run=run)
+    monkeypatch.setitem(EXPERIMENTS, "omniglot", experiment)
+    for more in ([], ["--resume"], []):
+        assert main([*arguments, *more]) == 0
+    first, second, _ = read_records([tmp_path / "omniglot.jsonl"])
+    assert seen == [[], ["learner 1"], []]
+    assert first["run"] == second["run"]
+    assert [r["model"] for r in last_run([first, second], "omniglot")] == [
+        "learner 1",
+        "learner 2",
+    ]
+
+
+def test_only_characters_are_gone_on_with(capsys):
+    with pytest.raises(SystemExit):
+        main(["--quick", "--resume", "--only", "parity"])
+    assert "--resume goes with --only omniglot" in capsys.readouterr().err
 
 
 def test_characters_are_skipped_without_their_file(tmp_path, capsys):
