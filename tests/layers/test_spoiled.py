@@ -42,14 +42,14 @@ def x_of(length=12):
     return jax.random.normal(jax.random.key(1), (length, WIDTH))
 
 
+NAMES = [
+    name if name == "delta_net" else pytest.param(name, marks=pytest.mark.slow)
+    for name in LAYERS
+]
+
+
 @pytest.mark.parametrize("value", [np.inf, np.nan])
-@pytest.mark.parametrize(
-    "name",
-    [
-        n if n == "delta_net" else pytest.param(n, marks=pytest.mark.slow)
-        for n in LAYERS
-    ],
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers(name, value):
     layer, x = layer_of(name), x_of()
 
@@ -69,6 +69,19 @@ def test_layers(name, value):
     # Within the document the state is lost, as it is token by token.
     _, cache = layer.prefill(x[:4].at[AT].set(value), layer.init_cache())
     assert not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(cache))
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_step_reads_is_lost_to_all_that_follow(name, value):
+    """A step contains nothing, since everything that it reads reaches its output."""
+    layer, x = layer_of(name), x_of()
+    step = eqx.filter_jit(lambda x, cache: layer.step(x, cache))
+    _, cache = step(x[0], layer.init_cache())
+    # More tokens than a convolution and a mini-batch have.
+    for token in (x[1].at[2].set(value), *x[2:]):
+        y, cache = step(token, cache)
+        assert not np.any(np.isfinite(y))
 
 
 @functools.cache

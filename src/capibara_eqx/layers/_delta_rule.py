@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..internal import accumulator_dtype, check_floating, check_size
-from ._contain import find_spoiled, finite, finite_decay, strange_decay
+from ._contain import contained
 from ._token_chunks import decays, forgetting, read_tokens
 
 
@@ -84,22 +84,18 @@ def delta_rule(
     dtype = accumulator_dtype(*(x.dtype for x in given if x is not None))
     if initial_state is None:
         initial_state = jnp.zeros((*batch, n_heads, v.shape[-1], head_dim), dtype)
-    written = (k, v, beta)
-    if log_decay is not None:
-        written = (*written, strange_decay(log_decay))
-        log_decay = finite_decay(log_decay)
-    spoiled = find_spoiled(written, q, (initial_state,), reset)
-    if reset is not None:
-        none = jnp.zeros(beta.shape, dtype)
-        log_decay = forgetting(none if log_decay is None else log_decay, reset)
-    o, state = read_tokens(
-        _token,
-        _chunk,
-        finite(initial_state.astype(dtype)),
-        (finite(q), finite(k), finite(v), finite(beta), log_decay),
-        _CHUNK if chunk_size is None else chunk_size,
-    )
-    return spoiled.put(o).astype(v.dtype), spoiled.put_in_state(state)
+
+    def run(q, written, log_decay, state):
+        k, v, beta = written
+        if reset is not None:
+            none = jnp.zeros(beta.shape, dtype)
+            log_decay = forgetting(none if log_decay is None else log_decay, reset)
+        tokens, size = (q, k, v, beta, log_decay), chunk_size or _CHUNK
+        return read_tokens(_token, _chunk, state[0], tokens, size)
+
+    state = (initial_state.astype(dtype),)
+    o, final = contained(run, q, (k, v, beta), log_decay, state, reset)
+    return o.astype(v.dtype), final
 
 
 def _token(state, token):

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from ..internal import accumulator_dtype
-from ._contain import find_spoiled, finite, finite_decay, strange_decay
+from ._contain import contained
 from ._token_chunks import decays, forgetting, read_tokens
 
 
@@ -47,19 +47,16 @@ def linear_attention(
     token in float32 or wider.
     """
     dtype = accumulator_dtype(*(x.dtype for x in (q, k, v, log_decay, initial_state)))
-    written = (k, v, strange_decay(log_decay))
-    spoiled = find_spoiled(written, q, (initial_state,), reset)
-    log_decay = finite_decay(log_decay)
-    if reset is not None:
-        log_decay = forgetting(log_decay, reset)
-    o, state = read_tokens(
-        _token,
-        _chunk,
-        finite(initial_state.astype(dtype)),
-        (finite(q), finite(k), finite(v), log_decay),
-        _CHUNK if chunk_size is None else chunk_size,
-    )
-    return spoiled.put(o).astype(v.dtype), spoiled.put_in_state(state)
+
+    def run(q, written, log_decay, state):
+        if reset is not None:
+            log_decay = forgetting(log_decay, reset)
+        tokens, size = (q, *written, log_decay), chunk_size or _CHUNK
+        return read_tokens(_token, _chunk, state[0], tokens, size)
+
+    state = (initial_state.astype(dtype),)
+    o, final = contained(run, q, (k, v), log_decay, state, reset)
+    return o.astype(v.dtype), final
 
 
 def _token(state, token):

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..internal import accumulator_dtype
-from ._contain import find_spoiled, finite
+from ._contain import contained
 
 
 class FastWeights(eqx.Module):
@@ -81,47 +81,51 @@ def ttt(
 
     $y$, and the models after the last valid token, in float32 or wider.
     """
-    *batch, seq, _, _ = q.shape
-    rows, length = math.prod(batch), min(seq, schedule.shape[0])
-    chunks = -(-seq // length)
     dtype = accumulator_dtype(*(v.dtype for v in (q, k, target, rate, start)))
-    # Where nothing was read before, chunks are mini-batches: the form for training.
-    aligned = state is None and valid is None
-    before = start_fast_weights(start, tuple(batch)) if state is None else state
+    rules = _Rules(
+        *(schedule.astype(dtype), start.astype(dtype), model),
+        # Where nothing was read before, chunks are mini-batches: the form for training.
+        aligned=state is None and valid is None,
+    )
+    batch = q.shape[:-3]
+    before = start_fast_weights(start, batch) if state is None else state
+    valid = jnp.ones(q.shape[:-2], jnp.bool_) if valid is None else valid
+
+    def run(q, written, log_decay, state):
+        del log_decay
+        wide = (v.astype(dtype) for v in (q, *written))
+        tokens = _Tokens(*wide, valid, restart)
+        return _read(rules, FastWeights(*state, before.count), tokens)
+
     entering = (before.weights, before.gradient)
-    spoiled = find_spoiled((k, target, rate), q, entering, restart)
-    q, k, target, rate = map(finite, (q, k, target, rate))
-    before = FastWeights(finite(entering[0]), finite(entering[1]), before.count)
-    valid = jnp.ones((*batch, seq), jnp.bool_) if valid is None else valid
+    return contained(run, q, (k, target, rate), None, entering, restart)
+
+
+def _read(rules, before, tokens) -> tuple[Array, FastWeights]:
+    """Walks over the chunks of a row."""
+    *batch, seq, _, _ = tokens.target.shape
+    rows, length = math.prod(batch), min(seq, rules.schedule.shape[0])
+    chunks = -(-seq // length)
 
     def chunked(v) -> Any:
         """`(chunk, row, token, ...)`, with padding behind the last token."""
-        if v is None:
-            return None
         v = v.reshape(rows, seq, *v.shape[len(batch) + 1 :])
         behind = [(0, 0), (0, chunks * length - seq), *[(0, 0)] * (v.ndim - 2)]
         v = jnp.pad(v, behind).reshape(rows, chunks, length, *v.shape[2:])
         return jnp.moveaxis(v, 1, 0)
 
-    wide = (v.astype(dtype) for v in (q, k, target, rate))
-    tokens = _Tokens(*map(chunked, (*wide, valid, restart)))
-    rules = _Rules(schedule.astype(dtype), start.astype(dtype), model, aligned)
+    parts = jax.tree.map(chunked, tokens)
     read = partial(_chunk, rules)
     before = jax.tree.map(lambda v: v.reshape(rows, *v.shape[len(batch) :]), before)
-    before = _typed(before, tokens)
+    before = _typed(before, parts)
     if chunks == 1:
-        after, y = read(before, jax.tree.map(lambda v: v[0], tokens))
+        after, y = read(before, jax.tree.map(lambda v: v[0], parts))
     else:
-        after, y = jax.lax.scan(jax.checkpoint(read), before, tokens)
+        after, y = jax.lax.scan(jax.checkpoint(read), before, parts)
         y = jnp.moveaxis(y, 0, 1)
-    y = y.reshape(rows, chunks * length, *target.shape[-2:])[:, :seq]
+    y = y.reshape(rows, chunks * length, *y.shape[-2:])[:, :seq]
     after = jax.tree.map(lambda v: v.reshape(*batch, *v.shape[1:]), after)
-    after = FastWeights(
-        spoiled.put_in_state(after.weights),
-        spoiled.put_in_state(after.gradient),
-        after.count,
-    )
-    return spoiled.put(y.reshape(target.shape)), after
+    return y.reshape(tokens.target.shape), after
 
 
 class _Tokens(NamedTuple):

@@ -27,6 +27,7 @@ from ..layers import (
     Mamba,
     Mamba2,
     Mamba3,
+    MesaNet,
     MetaLinearAttention,
     MixtureOfRookies,
     MoE,
@@ -35,6 +36,7 @@ from ..layers import (
     SparseCapibara,
     SwiGLU,
     TokenEmbedding,
+    TTTLinear,
     UltraSSM,
 )
 from ._block import ResidualBlock
@@ -59,22 +61,28 @@ class Cost(NamedTuple):
 def model_cost(model: LanguageModel, max_len: int | None = None) -> list[Cost]:
     r"""Parameters, state and work of a model, part by part, the sum last.
 
-    Work is counted by formula, since XLA counts the body of a loop once: a product
-    of matrices as two operations a weight; the scan of Mamba as seven a state
-    ($\Delta A$, exp, decay, input, sum, readout, its sum) and four a channel, that of
-    Mamba-2 as five a state, since its decays are one a head, and four a channel, that
-    of Mamba-3 as five a state, six a channel, four a head and column of its state, and
-    21 a head and angle; the recurrence of S4D as seven a real state and four a channel,
-    that of S4 as 12 and 8 a rank, that of S5 as four (a product of complex numbers is
-    six), `LinearSSM` as its products, all without what is done once a call; `DeltaNet`
-    as six a number of its memories, seven with a decay, two a value and three a query
-    and key, `MetaLinearAttention` as five, six a value and seven a query;
-    norms as four a channel. Of a mixture of experts the router, the shared expert and
-    the `top_k` experts that a token takes are counted, though all have parameters and
-    some implementations compute all; of one with product keys the query and a product
-    with every key, and not what finds the best pairs; attention as its four or more
-    maps, two products a score and five operations for its softmax, with `max_len`
-    tokens in view, or as many as its window. Forward, one token.
+    Work is counted by formula, since XLA counts the body of a loop once, for the
+    forward pass of one token and without what is done once a call:
+
+    - A product of matrices: two operations a weight. Norms: four a channel.
+    - Mamba: seven a state ($\Delta A$, exp, decay, input, sum, readout, its sum) and
+        four a channel. Mamba-2: five a state, since its decays are one a head, and four
+        a channel. Mamba-3: five a state, six a channel, four a head and column of its
+        state, and 21 a head and angle.
+    - S4D: seven a real state and four a channel; S4: 12 a state and 8 a rank of it; S5:
+        four (a product of complex numbers is six); `LinearSSM`: its products.
+    - `DeltaNet`: six a number of its memories, seven with a decay, two a value and
+        three a query and key. `MetaLinearAttention`: five, six and seven.
+    - `MesaNet`: eight a number of either of its two memories, and two a number and 12 a
+        channel for each step of conjugate gradients; or those of a Cholesky factor.
+    - `TTTLinear`, of what a whole mini-batch takes: six a fast weight, four a channel
+        and token of the mini-batch, two a weight at its end, and 31 a channel.
+    - Mixtures of experts: the router, the shared expert and the `top_k` experts that a
+        token takes, though all have parameters and some implementations compute all;
+        with product keys the query and a product with every key, and not what finds the
+        best pairs.
+    - Attention: its four or more maps, two products a score and five operations for its
+        softmax, with `max_len` tokens in view, or as many as its window.
 
     **Arguments:**
 
@@ -211,6 +219,38 @@ def _meta_linear(layer: MetaLinearAttention) -> int:
     return sum(map(_linear, maps)) + _conv(layer.conv) + heads
 
 
+def _mesa_net(layer: MesaNet) -> int:
+    d = layer.head_dim
+    named = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    maps = [*named, layer.decay_proj, layer.beta_proj, layer.gate_proj]
+    work = sum(_linear(linear) for linear in maps if linear is not None)
+    if layer.solver == "cg":
+        solve = layer.cg_steps * (2 * d * d + 12 * d) + 2 * d
+    else:  # A factor, and two triangular systems.
+        solve = d**3 // 3 + 2 * d * d + d
+    # Lengths of q and k, and what k and v count.
+    channels = 2 * 3 * d + 2 * d
+    gate = 0 if layer.gate_proj is None else d
+    heads = 8 * d * d + solve + channels + gate + _flops(layer.norm, None)
+    return work + _conv(layer.conv) + layer.n_heads * heads
+
+
+def _ttt_linear(layer: TTTLinear) -> int:
+    d = layer.head_dim
+    named = (layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj)
+    maps = [*named, layer.rate_proj, layer.gate_proj]
+    work = sum(_linear(linear) for linear in maps if linear is not None)
+    weights, length = (d + 1) * d, layer.mini_batch_size
+    # Read by the key and the query, an outer product, and taken in once; attention.
+    state = 6 * weights + 2 * weights // length + length * (4 * d + 3)
+    # The inner norm twice and its gradient once; what is told apart; lengths.
+    channels = 2 * 7 + 9 + 8 + (6 if layer.qk_norm else 0)
+    gate = 0 if layer.gate_proj is None else layer.d_model
+    norm = 0 if layer.norm is None else _flops(layer.norm, None)
+    own = layer.n_heads * state + channels * layer.d_model
+    return work + own + gate + norm
+
+
 def _linear_ssm(layer: LinearSSM) -> int:
     matrices = (layer.A, layer.B, layer.C, layer.D)
     residual = 0 if layer.residual_proj is None else _linear(layer.residual_proj)
@@ -285,10 +325,12 @@ _FORMULAS: dict[type, Callable[[Any], int]] = {
     Mamba: _mamba,
     Mamba2: _mamba2,
     Mamba3: _mamba3,
+    MesaNet: _mesa_net,
     MetaLinearAttention: _meta_linear,
     S4: _state_space,
     S4D: _state_space,
     S5: _s5,
+    TTTLinear: _ttt_linear,
     GLU: _gated,
     SwiGLU: _gated,
     MLP: lambda layer: _linear(layer.up_proj) + _linear(layer.down_proj),
