@@ -174,6 +174,10 @@ def _model(name: str, shots: int) -> str:
     return f"{name}, {shots} shots"
 
 
+def _shown(model: str) -> str:
+    return model.replace(" 1 shots", " 1 shot")
+
+
 def _had_its_time(record: Record) -> bool:
     settings, steps = record["settings"], record["curve"][-1]["step"]
     trained = record["results"]["trained_s"] >= settings["seconds"]
@@ -249,7 +253,8 @@ def tables(records: Sequence[Record]) -> list[str]:
             seconds = sum(r["results"]["trained_s"] for r in found) / len(found)
             rows.append(
                 [
-                    *(model, mean_of([r["results"] for r in found]), f"{steps:,}"),
+                    *(_shown(model), mean_of([r["results"] for r in found])),
+                    f"{steps:,}",
                     *(f"{seconds:.0f}", f"{found[0]['parameters']:,}"),
                 ]
             )
@@ -260,7 +265,7 @@ def tables(records: Sequence[Record]) -> list[str]:
                 for r in found
             }
             accuracy = mean_of(list(of_seeds.values()))
-            rows.append([f"{baseline}, {shots} shots", accuracy])
+            rows.append([_shown(f"{baseline}, {shots} shots"), accuracy])
     titles = ["method", "test accuracy, %", "steps reached", "seconds", "parameters"]
     return markdown_table(titles, "lrrrr", rows)
 
@@ -275,7 +280,9 @@ def bars(records: Sequence[Record]) -> Iterator[Bar]:
         )
         least = min(r["results"]["accuracy"] for r in found)
         value = percent(least - best)
-        statement = f"{model}: accuracy above that of raw pixels, the best of three"
+        statement = (
+            f"{_shown(model)}: accuracy above that of raw pixels, the best of three"
+        )
         name = f"{NAME}_{model}".replace(", ", "_").replace(" ", "_")
         # As R2-D2 reached after 500 steps of an independent program: 88.0 - 50.5.
         limit = 37.5 if model == "R2-D2, 1 shots" else 0.0

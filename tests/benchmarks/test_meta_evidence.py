@@ -138,8 +138,8 @@ def test_the_last_checkpoint_counts():
         character_record("MAML, 5 shots", 0.4, 20),
     ]
     text = "\n".join(omniglot.tables(records))
-    assert "| R2-D2, 1 shots | 90.0 ± 1.0 | 20 | 9 | 3 |" in text
-    assert "| pixels, ridge, 1 shots | 50.0 ± 2.0 |" in text
+    assert "| R2-D2, 1 shot | 90.0 ± 1.0 | 20 | 9 | 3 |" in text
+    assert "| pixels, ridge, 1 shot | 50.0 ± 2.0 |" in text
     assert "70.0" not in text
     bars = {bar.name: bar for bar in omniglot.bars(records)}
     assert bars["omniglot_R2-D2_1_shots"].value == pytest.approx(40)
