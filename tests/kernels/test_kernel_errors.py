@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from support.kernel_cases import (
     IMPLEMENTATIONS,
@@ -110,6 +111,23 @@ def test_wrong_argument_is_named(operation, name, value, jitted):
     # The name stands in backquotes or at the start of a word, never inside another.
     with pytest.raises(ValueError, match=rf"(?<![\w]){name}(?![\w])"):
         (jax.jit(run) if jitted else run)(arrays)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_integers_are_refused(operation):
+    """They were cut off without a word: results have the dtype of the input."""
+    arguments = good_arguments()[operation]
+    floating = [
+        name
+        for name, x in arguments.items()
+        if isinstance(x, jax.Array | np.ndarray)
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    assert len(floating) >= 3
+    for name in floating:
+        wrong = arguments | {name: jnp.zeros(arguments[name].shape, "int32")}
+        with pytest.raises(ValueError, match=f"`{name}` must be floating point"):
+            OPERATIONS[operation](**wrong)
 
 
 @pytest.mark.parametrize(

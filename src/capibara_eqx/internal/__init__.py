@@ -25,4 +25,7 @@ from ._segments import segment_documents as segment_documents
 from ._segments import segment_positions as segment_positions
 from ._segments import segment_starts as segment_starts
 from ._segments import zero_padding as zero_padding
+from ._shape_checks import check_batch as check_batch
+from ._shape_checks import check_kind as check_kind
+from ._shape_checks import check_shape as check_shape
 from ._silu import silu as silu

@@ -2,7 +2,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ..internal import accumulator_dtype, check_floating, check_size
+from ..internal import (
+    accumulator_dtype,
+    check_batch,
+    check_kind,
+    check_shape,
+    check_size,
+)
 from ._contain import contained
 from ._token_chunks import decays, forgetting, read_tokens
 
@@ -67,7 +73,7 @@ def delta_rule(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit.
+    `ValueError` naming the argument whose shape or dtype does not fit.
 
     !!! example
 
@@ -136,44 +142,24 @@ def _chunk(state, tokens):
 
 
 def _check(q, k, v, beta, log_decay, initial_state, reset, chunk_size):
-    layout = "(*batch, seq, n_heads, head_dim)"
-    if k.ndim < 3:
-        raise ValueError(f"delta_rule: `k` must have shape {layout}, got {k.shape}.")
+    name = "delta_rule"
+    check_batch(name, "k", k, ("seq", "n_heads", "head_dim"))
     *batch, seq, n_heads, head_dim = k.shape
-    if seq == 0:
-        raise ValueError(
-            f"delta_rule: `k` has a zero-length sequence, shape {k.shape}; a sequence "
-            "holds at least one token."
-        )
-    heads = (*batch, seq, n_heads)
+    check_shape(name, "q", q, k.shape, "the shape of `k`")
+    heads, meaning = (*batch, seq, n_heads), "(*batch, seq, n_heads)"
     if v.ndim != k.ndim or v.shape[:-1] != heads:
         raise ValueError(
-            "delta_rule: `v` must have shape (*batch, seq, n_heads, v_head_dim), with "
+            f"{name}: `v` must have shape (*batch, seq, n_heads, v_head_dim), with "
             f"the batch, tokens and heads of `k`, here {heads}; got {v.shape}."
         )
-    expected = {
-        "q": (q, k.shape, "the shape of `k`"),
-        "beta": (beta, heads, "(*batch, seq, n_heads)"),
-        "log_decay": (log_decay, heads, "(*batch, seq, n_heads)"),
-        "initial_state": (
-            initial_state,
-            (*batch, n_heads, v.shape[-1], head_dim),
-            "(*batch, n_heads, v_head_dim, head_dim)",
-        ),
-        "reset": (reset, (*batch, seq), "(*batch, seq)"),
-    }
-    for name, (x, shape, meaning) in expected.items():
-        if x is not None and x.shape != tuple(shape):
-            raise ValueError(
-                f"delta_rule: `{name}` must have {meaning}, here {tuple(shape)}; got "
-                f"{x.shape}."
-            )
-    for name, x in {"q": q, "k": k, "v": v, "beta": beta}.items():
-        check_floating("delta_rule", name, x)
-    if reset is not None and reset.dtype != jnp.bool_:
-        raise ValueError(
-            f"delta_rule: `reset` must be boolean, got {reset.dtype}. Compare to make "
-            "it so, as in `reset != 0`."
-        )
+    check_shape(name, "beta", beta, heads, meaning)
+    check_shape(name, "log_decay", log_decay, heads, meaning)
+    expected = (*batch, n_heads, v.shape[-1], head_dim)
+    meaning = "(*batch, n_heads, v_head_dim, head_dim)"
+    check_shape(name, "initial_state", initial_state, expected, meaning)
+    check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
+    floats = {"q": q, "k": k, "v": v, "beta": beta}
+    floats |= {"log_decay": log_decay, "initial_state": initial_state}
+    check_kind(name, floats, jnp.floating)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)

@@ -37,7 +37,7 @@ def ssm_step(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit.
+    `ValueError` naming the argument whose shape or dtype does not fit.
 
     !!! example
 

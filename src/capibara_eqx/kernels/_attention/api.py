@@ -4,8 +4,13 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from ...internal import check_probability, check_size, promote_dtypes
-from .._checks import check_shape
+from ...internal import (
+    check_kind,
+    check_probability,
+    check_shape,
+    check_size,
+    promote_dtypes,
+)
 from .._dispatch import dispatch
 from . import blockwise, one_query, reference, xla
 from ._visibility import Visibility
@@ -141,11 +146,7 @@ def _check(query, key, value) -> None:
                 f"attention: `{name}` must have shape (*batch, length, heads, width), "
                 f"none of them zero, got {x.shape}."
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise ValueError(
-                f"attention: `{name}` must be of floating point, got {x.dtype}. "
-                f"Convert it, as in `{name}.astype(jnp.float32)`."
-            )
+        check_kind("attention", {name: x}, jnp.floating)
     *batch, _, heads, d = query.shape
     *_, length, kv_heads, _ = key.shape
     check_shape(

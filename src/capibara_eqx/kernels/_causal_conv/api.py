@@ -3,8 +3,15 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ...internal import check_choice, check_size, segment_starts, zero_padding
-from .._checks import check_batch, check_shape
+from ...internal import (
+    check_batch,
+    check_choice,
+    check_kind,
+    check_shape,
+    check_size,
+    segment_starts,
+    zero_padding,
+)
 from .._dispatch import dispatch
 from . import fused, reference, xla
 
@@ -65,9 +72,9 @@ def causal_conv(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, or an unknown activation
-    or implementation. `NotImplementedError` with the reason if the implementation that
-    was named cannot serve.
+    `ValueError` naming the argument whose shape or dtype does not fit, or an unknown
+    activation or implementation. `NotImplementedError` with the reason if the
+    implementation that was named cannot serve.
 
     !!! example
 
@@ -96,6 +103,8 @@ def causal_conv(
         "(*batch, seq)",
         kind=jnp.integer,
     )
+    floats = {"x": x, "weight": weight, "bias": bias, "initial_state": initial_state}
+    check_kind(name, floats, jnp.floating)
     if activation is not None:
         check_choice("activation", activation, ("silu",))
     history = jnp.zeros(expected, x.dtype) if initial_state is None else initial_state

@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ...internal import check_activation, check_ids, check_range
-from .._checks import check_shape
+from ...internal import check_activation, check_ids, check_range, check_shape
 from .._dispatch import dispatch
 from . import capacity, dense, gather, ragged, reference, scan
 from ._operands import Operands, Stacked, none_dropped

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
-from .._checks import check_batch, check_shape
+from ...internal import check_batch, check_kind, check_shape
 from .._dispatch import dispatch
 from . import reference, xla
 
@@ -48,7 +48,7 @@ def linear_recurrence(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, or an unknown
+    `ValueError` naming the argument whose shape or dtype does not fit, or an unknown
     implementation.
 
     !!! example
@@ -64,4 +64,5 @@ def linear_recurrence(
     *batch, seq, d = x.shape
     check_shape(name, "initial_state", initial_state, (*batch, d), "(*batch, d)")
     check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
+    check_kind(name, {"a": a, "x": x, "initial_state": initial_state}, jnp.inexact)
     return dispatch(name, BACKENDS, implementation, a, x, initial_state, reset, reverse)

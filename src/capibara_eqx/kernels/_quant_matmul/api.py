@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from ...internal import check_choice, check_size
-from .._checks import check_shape
+from ...internal import check_choice, check_shape, check_size
 from .._dispatch import dispatch
 from . import fused, reference, xla
 from ._codes import check_bits, packed_size

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from .._checks import check_batch, check_shape
+from ...internal import check_batch, check_kind, check_shape
 from .._dispatch import dispatch
 from . import associative, fused, reference, xla
 
@@ -77,7 +77,7 @@ def selective_scan(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, or an unknown
+    `ValueError` naming the argument whose shape or dtype does not fit, or an unknown
     implementation. `NotImplementedError` with the reason if the implementation that was
     named cannot serve.
 
@@ -109,6 +109,9 @@ def selective_scan(
     meaning = "(*batch, d_inner, d_state)"
     check_shape(name, "initial_state", initial_state, expected, meaning)
     check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
+    floats = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z}
+    floats |= {"delta_bias": delta_bias, "initial_state": initial_state}
+    check_kind(name, floats, jnp.floating)
     return dispatch(
         name,
         BACKENDS,

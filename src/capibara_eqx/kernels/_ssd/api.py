@@ -3,8 +3,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from ...internal import check_size
-from .._checks import check_shape
+from ...internal import check_batch, check_kind, check_shape, check_size
 from .._dispatch import dispatch
 from . import fused, reference, xla
 
@@ -76,7 +75,7 @@ def ssd(
 
     **Raises:**
 
-    `ValueError` naming the argument whose shape does not fit, or an unknown
+    `ValueError` naming the argument whose shape or dtype does not fit, or an unknown
     implementation.
 
     !!! example
@@ -90,15 +89,8 @@ def ssd(
         ```
     """
     name = "ssd"
-    layout = "(*batch, seq, n_heads, head_dim)"
-    if x.ndim < 3:
-        raise ValueError(f"{name}: `x` must have shape {layout}, got {x.shape}.")
+    check_batch(name, "x", x, ("seq", "n_heads", "head_dim"))
     *batch, seq, n_heads, head_dim = x.shape
-    if seq == 0:
-        raise ValueError(
-            f"{name}: `x` has a zero-length sequence, shape {x.shape}; a sequence "
-            "holds at least one token."
-        )
     if B.ndim < 2 or B.shape[-2] == 0 or n_heads % B.shape[-2]:
         raise ValueError(
             f"{name}: `B` must have shape (*batch, seq, n_groups, d_state), where "
@@ -116,6 +108,9 @@ def ssd(
     meaning = "(*batch, n_heads, head_dim, d_state)"
     check_shape(name, "initial_state", initial_state, expected, meaning)
     check_shape(name, "reset", reset, (*batch, seq), "(*batch, seq)", kind=jnp.bool_)
+    floats = {"x": x, "log_decay": log_decay, "B": B, "C": C}
+    floats |= {"coefficient": coefficient, "initial_state": initial_state}
+    check_kind(name, floats, jnp.floating)
     if chunk_size is not None:
         check_size("chunk_size", chunk_size)
     operands = (x, log_decay, B, C, coefficient, initial_state, reset)
