@@ -93,9 +93,10 @@ def ttt(
 
     def run(q, written, log_decay, state):
         del log_decay
-        wide = (v.astype(dtype) for v in (q, *written))
-        tokens = _Tokens(*wide, valid, restart)
-        return _read(rules, FastWeights(*state, before.count), tokens)
+        q, k, target, rate = (v.astype(dtype) for v in (q, *written))
+        weights, gradient = state
+        tokens = _Tokens(q, k, target, rate, valid, restart)
+        return _read(rules, FastWeights(weights, gradient, before.count), tokens)
 
     entering = (before.weights, before.gradient)
     return contained(run, q, (k, target, rate), None, entering, restart)
