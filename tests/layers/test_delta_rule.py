@@ -193,6 +193,50 @@ def test_as_many_orthonormal_keys_as_there_are_channels_are_all_recalled(head_di
     np.testing.assert_array_equal(after, state)
 
 
+def test_attention_recalls_as_many_orthonormal_keys_as_it_has_channels():
+    """As a sum; of one key more it recalls none of two exactly."""
+    rng = np.random.default_rng(9)
+    keys, _ = np.linalg.qr(rng.standard_normal((5, 5)))
+    v, none = rng.standard_normal((5, 1, 3)), np.zeros((5, 1, 5))
+    start = np.zeros((1, 3, 5))
+    with enable_x64(True):
+        run = compiled_attention(3)
+        k = keys[:, None]
+        _, state = run(k, k, v, none, initial_state=start)
+        recalled, _ = run(k, k, v * 0, none, initial_state=state)
+        # The fifth key lies between two of the others.
+        k = k.copy()
+        k[4] = unit(k[0] + k[1])
+        _, state = run(k, k, v, none, initial_state=start)
+        mixed, _ = run(k, k, v * 0, none, initial_state=state)
+    assert_close(recalled, v, dtype="float64", length=10)
+    mixed = np.asarray(mixed)
+    wrong = np.max(np.abs(mixed - v), axis=(1, 2))
+    assert (wrong[[0, 1, 4]] > 0.1).all()
+    assert_close(mixed[2:4], v[2:4], dtype="float64", length=10)
+
+
+def test_pairs_are_recalled_among_a_hundred_words():
+    """Multi-query associative recall: the word of the value that is nearest."""
+    rng = np.random.default_rng(10)
+    keys, _ = np.linalg.qr(rng.standard_normal((5, 5)))
+    words = unit(rng.standard_normal((100, 16)))
+    asked = rng.permutation(5)
+    pairs = rng.permutation(100)[:5]
+    k, v = keys[:, None], words[pairs][:, None]
+    q, nothing = k[asked], np.zeros((5, 1, 16))
+    zeros, start = np.zeros((5, 1)), np.zeros((1, 16, 5))
+    with enable_x64(True):
+        _, state = compiled(3)(k, k, v, zeros + 1)
+        by_delta, _ = compiled(3)(q, q, nothing, zeros, initial_state=state)
+        none = np.zeros((5, 1, 5))
+        _, state = compiled_attention(3)(k, k, v, none, initial_state=start)
+        by_sum, _ = compiled_attention(3)(q, q, nothing, none, initial_state=state)
+    for found in (by_delta, by_sum):
+        answers = np.argmax(np.asarray(found)[:, 0] @ words.T, axis=1)
+        np.testing.assert_array_equal(answers, pairs[asked])
+
+
 @pytest.mark.slow
 def test_of_random_keys_the_delta_rule_recalls_more_than_a_sum():
     """As many pairs as there are channels, 100 times; the last one exactly."""

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -118,9 +119,14 @@ def test_the_gradient_of_maml(name):
             layer, {key: jnp.asarray(value) for key, value in point.items()}
         )
         task_loss = maml(loss, optimizer=sgd(RATE), steps=1)
+        of = lambda params: oracle.with_parameters(wide, params)
+        one = jax.tree.map(lambda leaf: leaf[0], tasks)
         run = quick_jit(
-            lambda params: meta_value_and_grad(task_loss, tasks)(
-                oracle.with_parameters(wide, params)
+            lambda params: meta_value_and_grad(task_loss, tasks)(of(params))
+        )
+        forward = quick_jit(
+            lambda params, by: jax.jvp(
+                lambda params: task_loss(of(params), one), (params,), (by,)
             )
         )
         value, grads = run(point)
@@ -135,6 +141,10 @@ def test_the_gradient_of_maml(name):
         allowed = DIFFERENCE_TOLERANCES[2] * want.scale
         assert want.bound < allowed
         assert abs(got - want.value) < allowed
+        with enable_x64(True):
+            by = {key: jnp.asarray(direction[key]) for key in point}
+            _, tangent = forward(point, by)
+        np.testing.assert_allclose(tangent, got, rtol=1e-10)
     assert all(np.any(found[key] != 0) for key in point)
 
 

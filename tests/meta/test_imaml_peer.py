@@ -107,4 +107,4 @@ def test_the_gradients_are_those_of_torchopt():
     expected_value, expected = theirs(torch, torchopt)
     assert abs(value - expected_value) < 1e-10
     for name in START:
-        np.testing.assert_allclose(gradients[name], expected[name], atol=1e-9)
+        np.testing.assert_allclose(gradients[name], expected[name], atol=1e-10)

@@ -257,16 +257,20 @@ def test_adapting_through_the_roundings_of_bitnet():
             return (
                 eqx.filter(adapted, eqx.is_array),
                 jax.value_and_grad(outer)(arrays),
+                jax.jvp(outer, (arrays,), (along,))[1],
                 jax.jvp(jax.grad(inner), (arrays,), (along,))[1],
                 jax.grad(slope)(arrays),
             )
 
-        adapted, (value, gradient), *products = compute(arrays)
+        adapted, (value, gradient), slope_along, *products = compute(arrays)
         same(adapted, points[-1])
         start = [jnp.asarray(p) for p in start]
         want, slopes = jax.value_and_grad(after)(start)
         assert_close(value, want, dtype="float64", length=100)
         same(gradient, slopes)
+        pairs = zip(slopes, direction, strict=True)
+        want = sum(np.sum(slope * by) for slope, by in pairs)
+        assert_close(slope_along, want, dtype="float64", length=100)
         tangent = jax.jvp(jax.grad(before), (start,), (direction,))[1]
         for product in products:
             same(product, tangent)
