@@ -40,6 +40,17 @@ def test_values_that_are_not_positive(name, argument, value):
         build(name, **{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("MesaNet", "gate")]
+    + [("TTTLinear", flag) for flag in ("gate", "output_norm", "qk_norm")],
+)
+@pytest.mark.parametrize("value", ["no", 2])
+def test_flags(name, flag, value):
+    with refused(f"`{flag}` must be True or False", repr(value)):
+        build(name, **{flag: value})
+
+
 @each
 def test_heads_that_do_not_divide_the_channels(name):
     with refused("`d_model`", "d_model=4", "n_heads=3", "multiple"):

@@ -146,6 +146,59 @@ def test_tasks():
         meta_value_and_grad(loss, (ones((2, 4)), 0.5))
 
 
+def test_states_of_another_outer_loop():
+    adam, head = optax.adam(1e-3), only(MODEL, lambda model: model["head"]["bias"])
+    tasks = jax.tree.map(lambda leaf: leaf[None], Task(SUPPORT, SUPPORT))
+    step = make_meta_step(adam, maml(loss, **HOW))
+    for state in (
+        init_meta_state(MODEL, adam, where=head),
+        init_meta_state(MODEL, optax.sgd(1e-3)),
+    ):
+        with refused("make_meta_step: the `opt_state` of `state`", "`where`", "same"):
+            step(state, tasks)
+    with refused("make_meta_step: `state` must be a MetaState, got dict", "init_meta"):
+        step(MODEL, tasks)
+
+
+def test_a_where_that_fails_on_a_leaf():
+    with refused("adapt: `where`", "shape (2,)", "'layers'", "meta.only"):
+        where = lambda model: model.layers[-1]
+        adapt(loss, MODEL, SUPPORT, **HOW, where=where)
+
+
+def test_what_makes_no_optimizer_of_rates():
+    made: Any = sgd(0.1)
+    for wrong, what in ((made, "GradientTransformation"), (optax.adam, "adam")):
+        with refused("meta_sgd: `optimizer`", f"got {what}", "`meta.sgd`"):
+            meta_sgd(loss, steps=1, optimizer=wrong)
+
+
+def test_rates_that_are_no_numbers():
+    for wrong, what in (
+        (optax.constant_schedule(0.1), "a function"),
+        ("0.1", "'0.1'"),
+        (True, "True"),
+        (jnp.ones(2, "int32"), "an array of int32"),
+    ):
+        with refused("sgd: `rates` must be a number", what, "per_step=True"):
+            sgd(wrong)
+    with refused("sgd: `rates` of 'head/bias' must be a number", "'a'"):
+        sgd({"head": {"bias": "a", "weight": 0.1}})
+    values: list[Any] = ["a", True, None]
+    for wrong in values:
+        with refused("`rate` must be a number"):
+            rates_like(MODEL, wrong)
+
+
+def test_rates_of_a_model_of_another_width():
+    """Whose sizes are part of its nodes; the shapes say what is wrong."""
+    wide, narrow = (eqx.nn.Linear(3, width, key=jax.random.key(0)) for width in (4, 2))
+    rates = rates_like(wide, 0.1, per="element")
+    fit = lambda model, batch, *, key=None: jnp.sum(jax.vmap(model)(batch[0]) ** 2)
+    with refused("'weight'", "(2, 3)", "(4, 3)"):
+        adapt(fit, narrow, SUPPORT, optimizer=sgd(rates), steps=1)
+
+
 def test_rates_that_do_not_fit():
     rates = rates_like(MODEL, 0.1)
     head = rates["head"]

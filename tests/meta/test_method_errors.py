@@ -135,6 +135,19 @@ def test_shapes_of_ridge_regression():
             WithRidge.init(None, **{name: 0.0})
 
 
+@pytest.mark.parametrize("jitted", [False, True])
+def test_ridge_regression_without_a_solution(jitted):
+    """Two equal examples and no penalty to speak of; what is not finite."""
+    solve = jax.jit(ridge_head) if jitted else ridge_head
+    for x, y, log_lambda in (
+        (BATCH, BATCH, jnp.asarray(-200.0)),
+        (BATCH, BATCH, jnp.asarray(jnp.nan)),
+        (BATCH.at[0, 0].set(jnp.inf), BATCH, jnp.asarray(0.0)),
+    ):
+        with pytest.raises(RuntimeError, match="ridge_head: there is no solution"):
+            solve(x, y, log_lambda)
+
+
 def test_labels_of_another_shape_or_kind():
     with refused("prototypes: `labels` must have one label", "(2,)", "(2, 2)"):
         prototypes(BATCH, jnp.zeros((2, 2), "int32"), 2)

@@ -10,6 +10,7 @@ from ..internal import (
     accumulate,
     accumulator_dtype,
     check_choice,
+    check_flag,
     check_positive,
     check_range,
     check_size,
@@ -101,7 +102,6 @@ class MesaNet(AbstractRecurrent):
         self,
         d_model: int,
         n_heads: int,
-        *,
         d_conv: int = 4,
         solver: str = "cg",
         cg_steps: int = 30,
@@ -111,6 +111,7 @@ class MesaNet(AbstractRecurrent):
         chunk_size: int | None = None,
         implementation: str | None = None,
         dtype: DTypeLike | None = None,
+        *,
         key: PRNGKeyArray,
     ):
         r"""**Arguments:**
@@ -133,8 +134,8 @@ class MesaNet(AbstractRecurrent):
         **Raises:**
 
         `ValueError` for sizes, a `ridge_min` or a `norm_eps` that are not positive,
-        heads that do not divide the channels, or an unknown `solver` or
-        `implementation`.
+        heads that do not divide the channels, a `gate` that is not True or False, or an
+        unknown `solver` or `implementation`.
         """
         check_heads(n_heads, None, {"d_model": d_model})
         check_size("d_conv", d_conv)
@@ -142,6 +143,7 @@ class MesaNet(AbstractRecurrent):
         check_size("cg_steps", cg_steps)
         check_range("ridge_min", ridge_min, above=0)
         check_positive("norm_eps", norm_eps)
+        check_flag("gate", gate)
         if chunk_size is not None:
             check_size("chunk_size", chunk_size)
         check_implementation(implementation, "ssd", "causal_conv")

@@ -8,6 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Int, PRNGKeyArray
 from ..internal import (
     accumulate,
     accumulator_dtype,
+    check_flag,
     check_last_axis,
     check_positive,
     check_range,
@@ -104,7 +105,6 @@ class TTTLinear(AbstractSequenceMixer):
         self,
         d_model: int,
         n_heads: int,
-        *,
         mini_batch_size: int = 16,
         inner_rate: float = 0.5,
         qk_norm: bool = False,
@@ -112,6 +112,7 @@ class TTTLinear(AbstractSequenceMixer):
         gate: bool = True,
         norm_eps: float = 1e-6,
         dtype: DTypeLike | None = None,
+        *,
         key: PRNGKeyArray,
     ):
         r"""**Arguments:**
@@ -133,13 +134,16 @@ class TTTLinear(AbstractSequenceMixer):
         **Raises:**
 
         `ValueError` for sizes, an `inner_rate` or a `norm_eps` that are not positive,
-        or heads that do not divide the channels.
+        flags that are not True or False, or heads that do not divide the channels.
         """
         check_heads(n_heads, None, {"d_model": d_model})
         head_dim = d_model // n_heads
         check_size("mini_batch_size", mini_batch_size)
         check_range("inner_rate", inner_rate, above=0)
         check_positive("norm_eps", norm_eps)
+        check_flag("qk_norm", qk_norm)
+        check_flag("output_norm", output_norm)
+        check_flag("gate", gate)
         keys = jax.random.split(key, 7)
         wide = accumulator_dtype(jnp.float32 if dtype is None else dtype)
         shape = (n_heads, head_dim)

@@ -59,7 +59,7 @@ def adapt(
 
     `ValueError` for a `where` that chooses nothing, an empty `support`, negative
     `steps`, a `loss` that is not one real number. At run time for a loss that is not
-    finite; the message names the step.
+    finite, the message names the step, and for parameters that are not after the last.
 
     !!! example
 

@@ -26,6 +26,7 @@ def check_labels(
     time, also inside of `jit`, unless all lie in [0, num_classes).
     """
     check_size("num_classes", num_classes)
+    labels = jnp.asarray(labels)
     if labels.shape != shape:
         raise ValueError(
             f"{function}: `{argument}` must have one label for each example, shape "

@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,8 @@ def meta_sgd(
 
     **Raises:**
 
-    When called, what `maml` and `sgd` raise.
+    `ValueError` for an `optimizer` that does not take rates. When called, what `maml`
+    and `sgd` raise.
 
     !!! example
 
@@ -77,6 +79,8 @@ def meta_sgd(
         value, gradients = meta_value_and_grad(task_loss, tasks)(learner)
         ```
     """
+
+    _check_factory(optimizer)
 
     def task_loss(learner, task, *, key=None):
         if not isinstance(learner, WithRates):
@@ -97,3 +101,18 @@ def meta_sgd(
         return inner(learner.model, task, key=key)
 
     return task_loss
+
+
+def _check_factory(optimizer: Any) -> None:
+    fits = callable(optimizer) and any(
+        parameter.name == "per_step" or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in inspect.signature(optimizer).parameters.values()
+    )
+    if not fits:
+        what = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise ValueError(
+            "meta_sgd: `optimizer` must be a function of the learned rates, "
+            f"`optimizer(rates, per_step=...)`, got {what}. Pass `meta.sgd` or "
+            "`meta.safe_adam` itself; an optimizer with rates of its own goes to "
+            "`meta.maml`."
+        )

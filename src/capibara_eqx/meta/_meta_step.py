@@ -72,8 +72,9 @@ def make_meta_step(
 
     **Raises:**
 
-    `ValueError` for an `optimizer` that is none; when called, what
-    `meta_value_and_grad` and `loss` raise.
+    `ValueError` for an `optimizer` that is none; when called, for a `state` that was
+    made with another `optimizer` or `where`, and what `meta_value_and_grad` and `loss`
+    raise.
 
     !!! example
 
@@ -89,13 +90,13 @@ def make_meta_step(
 
     @eqx.filter_jit
     def step(state, tasks, key=None):
+        params, rest = _parts(state, optimizer, where)
         differentiate = meta_value_and_grad(
             loss, tasks, where=where, has_aux=has_aux, key=key
         )
         found, grads = differentiate(state.model)
         # Of a complex number jax gives the conjugate of the way up.
         grads = jax.tree.map(jnp.conj, grads)
-        params, rest = split("make_meta_step", state.model, where)
 
         def value_of(found):
             return found[0] if has_aux else found
@@ -117,3 +118,23 @@ def make_meta_step(
         return MetaState(model, opt_state, state.step + 1), found
 
     return step
+
+
+def _parts(
+    state: Any, optimizer: optax.GradientTransformation, where: PyTree
+) -> tuple[PyTree, PyTree]:
+    """What is learned of the model of a state, and the rest; the state is checked."""
+    if not isinstance(state, MetaState):
+        raise ValueError(
+            f"make_meta_step: `state` must be a MetaState, got {type(state).__name__}. "
+            "Make it with `meta.init_meta_state(model, optimizer)`."
+        )
+    params, rest = split("make_meta_step", state.model, where)
+    expected = eqx.filter_eval_shape(optimizer.init, params)
+    if jax.tree.structure(expected) != jax.tree.structure(state.opt_state):
+        raise ValueError(
+            "make_meta_step: the `opt_state` of `state` is that of another `optimizer` "
+            "or of another `where`. Pass the same to `meta.init_meta_state` and to "
+            "`meta.make_meta_step`."
+        )
+    return params, rest

@@ -89,12 +89,12 @@ class MetaLA(eqx.Module):
         d_model: int,
         n_heads: int,
         d_out: int,
-        *,
         dropout_rate: float = 0.1,
         adaptation_steps: int = 5,
         inner_rate: float = 0.5,
         method: str = "maml",
         dtype: DTypeLike | None = None,
+        *,
         key: PRNGKeyArray,
     ):
         r"""**Arguments:**
@@ -222,8 +222,8 @@ class MetaLA(eqx.Module):
         **Raises:**
 
         `ValueError` for arguments that do not fit or an empty support set, or active
-        dropout without a key. At run time for a label out of range, and, naming the
-        step, for a loss that is not finite.
+        dropout without a key. At run time for a label out of range, for a loss that is
+        not finite, naming the step, and what `ridge_head` raises.
         """
         net = self._net("meta_weights", meta_weights)
         check_examples("support_x", support_x, self.d_model)

@@ -81,7 +81,7 @@ class WithRidge(eqx.Module):
         **Raises:**
 
         `ValueError` for shapes that do not fit or are empty. At run time for a label
-        that is out of range.
+        that is out of range, and what `ridge_head` raises.
         """
         for name, array in (("support", support), ("query", query)):
             check_batch("WithRidge", name, array)
@@ -126,7 +126,7 @@ def r2d2(
 
     When called, `ValueError` for an empty support or query, labels that are not one
     for each example, or an `encode` that does not return one vector for each example.
-    At run time for a label that is out of range.
+    At run time for a label that is out of range, and what `ridge_head` raises.
 
     !!! example
 

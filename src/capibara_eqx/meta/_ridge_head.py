@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
@@ -29,7 +30,8 @@ def ridge_head(
     - `y`: targets, `(*batch, n, k)`; one-hot rows for classes.
     - `log_lambda`: $\ln \lambda$, one number, which may be learned. As $\lambda \to 0$
         the solution is the least squares one of least length, but in float32 a
-        $\lambda$ below about $10^{-6} |X|^2$ drowns in rounding.
+        $\lambda$ below about $10^{-6} |X|^2$ drowns in rounding, and if examples are
+        alike there is no solution left.
 
     **Returns:**
 
@@ -37,7 +39,8 @@ def ridge_head(
 
     **Raises:**
 
-    `ValueError` for shapes that do not fit or are empty.
+    `ValueError` for shapes that do not fit or are empty. At run time if there is no
+    solution, for want of a larger $\lambda$ or of arguments that are finite.
 
     !!! example
 
@@ -59,12 +62,24 @@ def ridge_head(
     # What is lost in the squares of a system is not found again.
     with jax.default_matmul_precision("highest"):
         many = jnp.vectorize(solve, signature="(n,d),(n,k)->(d,k)")
-        return many(x.astype(kind), y.astype(kind)).astype(x.dtype)
+        found = many(x.astype(kind), y.astype(kind))
+    return _solved(found).astype(x.dtype)
 
 
 def _solve(gram: Array, right: Array, strength: Array) -> Array:
     system = gram + strength * jnp.eye(gram.shape[0], dtype=gram.dtype)
     return cho_solve(cho_factor(system, lower=True), right)
+
+
+def _solved(found: Array) -> Array:
+    """`found`; an error at run time if it is no solution."""
+    return eqx.error_if(
+        found,
+        ~jnp.all(jnp.isfinite(found)),
+        "ridge_head: there is no solution in the dtype of the computation. Is "
+        "`log_lambda` so small that examples which are alike make the system singular, "
+        "or are `x`, `y` or `log_lambda` not finite?",
+    )
 
 
 def _check(x: Array, y: Array, log_lambda: float | Array) -> None:

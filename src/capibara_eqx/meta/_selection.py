@@ -52,9 +52,17 @@ def split(
 
     `ValueError` if that is nothing; the message names what could be chosen.
     """
+    guarded = jax.tree.map(
+        lambda choose: (
+            _guarded(function, argument, choose) if callable(choose) else choose
+        ),
+        where,
+    )
     try:
-        chosen, _ = eqx.partition(model, where)
+        chosen, _ = eqx.partition(model, guarded)
     except ValueError as error:
+        if isinstance(error, _ChoiceError):
+            raise
         raise ValueError(
             f"{function}: `{argument}` must be a function of a leaf, or a PyTree of "
             "booleans that begins like the model, and is neither. Make it with "
@@ -78,6 +86,31 @@ def split(
         is_leaf=lambda node: node is None,
     )
     return params, rest
+
+
+class _ChoiceError(ValueError):
+    """A `where` that failed on a leaf."""
+
+
+def _guarded(
+    function: str, argument: str, choose: Callable[[Any], Any]
+) -> Callable[[Any], Any]:
+    """`choose`, asked about nothing but floating point arrays."""
+
+    def guarded(leaf):
+        if not eqx.is_inexact_array(leaf):
+            return False
+        try:
+            return choose(leaf)
+        except (AttributeError, TypeError) as error:
+            raise _ChoiceError(
+                f"{function}: `{argument}` is called with every floating point array "
+                f"of the model, and failed on one of shape {leaf.shape}: {error}. A "
+                "part of the model is chosen by `meta.only(model, lambda model: "
+                "model.head)`."
+            ) from error
+
+    return guarded
 
 
 _SHOWN = 12

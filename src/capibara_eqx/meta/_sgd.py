@@ -1,4 +1,4 @@
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from ..internal import check_choice, check_flag, check_size
+from ..internal import check_choice, check_flag, check_range, check_size
 from ._selection import split
 
 
@@ -41,8 +41,8 @@ def sgd(
 
     **Raises:**
 
-    `ValueError` from `init` if `rates` do not fit the parameters; the message names
-    the leaves.
+    `ValueError` for `rates` that are no numbers, and from `init` if they do not fit the
+    parameters; the message names the leaves.
 
     !!! example
 
@@ -53,7 +53,7 @@ def sgd(
         ```
     """
     check_flag("per_step", per_step)
-    rates = jax.tree.map(jnp.asarray, rates)
+    rates = jtu.tree_map_with_path(_as_rate, rates)
 
     def init(params):
         _check(rates, params, per_step)
@@ -103,8 +103,8 @@ def rates_like(
 
     **Raises:**
 
-    `ValueError` for a `where` that chooses nothing, an unknown `per` or `steps` that
-    are not positive.
+    `ValueError` for a `rate` that is no number, a `where` that chooses nothing, an
+    unknown `per` or `steps` that are not positive.
 
     !!! example
 
@@ -113,6 +113,7 @@ def rates_like(
         rates = rates_like(model, 0.1, per="leaf", steps=5)     # MAML++
         ```
     """
+    check_range("rate", rate)
     check_choice("per", per, ("leaf", "element"))
     if steps is not None:
         check_size("steps", steps)
@@ -126,6 +127,23 @@ def rates_like(
     return jax.tree.map(rates, params)
 
 
+def _as_rate(path, rate: Any) -> Array:
+    number = isinstance(rate, float | int) and not isinstance(rate, bool)
+    if number or jnp.issubdtype(getattr(rate, "dtype", bool), jnp.floating):
+        return jnp.asarray(rate)
+    raise ValueError(
+        f"sgd: `rates`{_at(_name(path))} must be a number or an array of floating "
+        f"point, got {_described(rate)}. For rates that differ from step to step pass "
+        "an array of them and per_step=True."
+    )
+
+
+def _described(rate: Any) -> str:
+    if callable(rate):
+        return "a function"
+    return f"an array of {rate.dtype}" if eqx.is_array(rate) else repr(rate)
+
+
 def _is_single(rates: PyTree) -> bool:
     return eqx.is_array(rates)
 
@@ -135,12 +153,6 @@ def _check(rates: PyTree, params: PyTree, per_step: bool) -> None:
     wanted = {_name(path): leaf for path, leaf in jtu.tree_leaves_with_path(params)}
     if not _is_single(rates):
         _check_paths(found, wanted)
-        if jax.tree.structure(rates) != jax.tree.structure(params):
-            raise ValueError(
-                "sgd: `rates` must be a PyTree like the parameters that adapt; the "
-                "leaves have the same names, the nodes around them are others. Make "
-                "them of this model, with `meta.rates_like`."
-            )
     lengths = {path: rate.shape[0] for path, rate in found.items() if rate.ndim}
     if per_step and len(set(lengths.values())) > 1:
         raise ValueError(
@@ -169,6 +181,15 @@ def _check(rates: PyTree, params: PyTree, per_step: bool) -> None:
                     f"{name!r} of shape {wanted[name].shape}, got shape {kept}"
                     f"{' after the axis of steps' if per_step else ''}.{hint}"
                 )
+    # Last: sizes of layers are part of the nodes, and shapes say more.
+    if not _is_single(rates) and jax.tree.structure(rates) != jax.tree.structure(
+        params
+    ):
+        raise ValueError(
+            "sgd: `rates` must be a PyTree like the parameters that adapt; the leaves "
+            "have the same names, the nodes around them are others. Make them of this "
+            "model, with `meta.rates_like`."
+        )
 
 
 def _check_paths(found: dict, wanted: dict) -> None:

@@ -46,6 +46,12 @@ def test_sizes(name, bad, pool):
             sample_episodes(KEY, pool=pool, **{**EPISODES, name: bad})
 
 
+def test_a_pool_is_needed():
+    with refused("sample_episodes: `pool`", "ndarray", "ClassPool.init"):
+        array: Any = np.zeros((15, 2))
+        sample_episodes(KEY, pool=array, **EPISODES)
+
+
 def test_grid_is_a_flag():
     flag: Any = 1
     with refused("`grid` must be True or False", "1"):

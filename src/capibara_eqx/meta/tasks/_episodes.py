@@ -43,8 +43,8 @@ def sample_episodes(
 
     **Raises:**
 
-    `ValueError` for a size that is not positive, or for fewer classes or examples of
-    one than a task needs.
+    `ValueError` for a `pool` that is none, a size that is not positive, or fewer
+    classes or examples of one than a task needs.
 
     !!! example
 
@@ -61,6 +61,12 @@ def sample_episodes(
     }
     for name, size in sizes.items():
         check_size(name, size)
+    if not isinstance(pool, ClassPool):
+        raise ValueError(
+            "sample_episodes: `pool` must be a ClassPool, got "
+            f"{type(pool).__name__}. Make it of examples and labels: "
+            "`meta.tasks.ClassPool.init(x, labels)`."
+        )
     _check(pool, ways, shots, queries)
     each = shots + queries
 
