@@ -29,12 +29,12 @@ demo: $(STAMPS)/train ## train, resume and sample a small language model
 
 test: $(STAMPS)/test ## run the tests
 	$(BIN)/python -m pytest $(PARALLEL) -m "not errors and not slow" $(HOOK) tests
-	$(BIN)/python -m pytest -m "errors and not slow" tests
+	$(BIN)/python -m pytest $(PARALLEL) -m "errors and not slow" tests
 
 test-all: $(STAMPS)/test ## run the tests, the slow ones too
 	CAPIBARA_TEST_OPTIMISED=1 \
 		$(BIN)/python -m pytest $(PARALLEL) -m "not errors" $(HOOK) tests
-	$(BIN)/python -m pytest -m errors tests
+	$(BIN)/python -m pytest $(PARALLEL) -m errors tests
 
 test-oldest: ## run the tests on the oldest dependencies that pyproject.toml allows
 	@$(MAKE) --no-print-directory VENV=.venv-oldest PIN=yes test

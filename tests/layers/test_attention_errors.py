@@ -178,7 +178,7 @@ Q, K = jnp.ones((2, 3, 4, 5)), jnp.ones((2, 6, 2, 5))
         ({"value": K[:, :5]}, ("`value`", "length and heads of `key`")),
         ({"query": Q[..., :3, :]}, ("must divide those of `query`", "2 and 3")),
         ({"window": 0}, ("`window`", "positive integer")),
-        ({"value": jnp.ones(K.shape, int)}, ("`value` must be of floating", "int32")),
+        ({"value": jnp.ones(K.shape, int)}, ("`value` must be floating", "int32")),
         ({"mask": jnp.ones((2, 3, 6), bool)}, ("`mask`", "mask[..., None, :, :]")),
         ({"mask": jnp.ones((2, 1, 3, 6))}, ("`mask` must be boolean", "float32")),
         (
