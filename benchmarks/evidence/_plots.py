@@ -94,6 +94,9 @@ def _draw(axes: Any, panel: Panel) -> None:
     if panel.log:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        # Side by side, more numbers of five digits would run into each other.
+        axes.locator_params(axis="x", nbins=5, steps=[1, 2, 5, 10])
     if panel.log_y:
         axes.set_yscale("log")
     axes.set_title(panel.title)
