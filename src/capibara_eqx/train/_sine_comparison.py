@@ -42,7 +42,7 @@ _LEARNING_RATE = 3e-3
 # Between two questions whether to stop.
 _CHUNK = 100
 _TEST_TASKS = 600
-_POINTS = 100
+_POINTS = 50
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SineConfig:
     none, an unknown method or none.
     """
 
-    iterations: int = 2000
+    iterations: int = 1500
     shots: int = 10
     seed: int = 0
     methods: tuple[str, ...] = tuple(SINE_METHODS)
@@ -110,10 +110,8 @@ class SineComparison:
 
     def __init__(self, config: SineConfig):
         self.config = config
-        init_key, self._train_key, test_key = jax.random.split(
-            jax.random.key(config.seed), 3
-        )
-        self._model = SineModel(key=init_key)
+        init_key, self._train_key, test_key = _keys(config.seed)
+        self._model = _start(init_key)
         few = _TEST_TASKS // len(SINE_RATES)
         tasks = _sample_tests(test_key, few + _TEST_TASKS, config.shots)
         self.test = jax.tree.map(lambda leaf: leaf[few:], tasks)
@@ -203,6 +201,17 @@ class SineComparison:
         _, y = tasks.query
         errors = (predictions - np.asarray(y, np.float64)[:, None, :, 0]) ** 2
         return predictions, errors.mean(axis=-1)
+
+
+# In one compiled call each: operation by operation they would take a second to compile.
+@jax.jit
+def _keys(seed):
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+@jax.jit
+def _start(key):
+    return SineModel(key=key)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
