@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from support.derivatives import check_first_order, check_second_order
 from support.fast_weight_maml import check_maml
 from support.layer_cases import packed_rows, seeds
@@ -37,6 +37,9 @@ CONFIGS: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "chunks": (3, 1, 9, {"gate": True, "chunk_size": 4, "implementation": "xla"}),
     "one_token": (4, 2, 1, {"d_conv": 2, "cg_steps": 6}),
     "short": (4, 1, 2, {"d_conv": 6, "ridge_min": 0.05}),
+    # What is read may nearly vanish, of one token most of all, where its query and key
+    # are orthogonal: a norm of size one would make its rounding as many times larger.
+    "steady": (6, 2, 7, {"norm_eps": 0.5}),
 }
 
 
@@ -131,8 +134,9 @@ def compiled_call():
 
 
 @given(rows=packed_rows, seed=seeds)
+@example(rows=[0, -1, -1, -1, -1, 3], seed=1766)
 def test_packed_rows_are_those_of_the_regressions(rows, seed):
-    layer = make("default")
+    layer = make("steady")
     x = np.random.default_rng(seed).standard_normal((len(rows), 6)).astype("float32")
     ids = np.asarray(rows, "int32")
     y = compiled_call()(layer, x, ids)
