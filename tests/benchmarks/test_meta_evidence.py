@@ -224,12 +224,18 @@ def test_pixels_of_a_seed_count_once():
 
     records = [record("R2-D2", 0.95, 0, 0.7), record("R2-D2", 0.97, 1, 0.8)]
     records.append(record("MAML", 0.93, 0, 0.7))
+    # Judged by other tasks.
+    records.append(record("MAML, new classes", 0.6, 0, 0.65))
     bars = {bar.name: bar for bar in few_shot_digits.bars(records)}
     assert bars["few_shot_digits_R2-D2"].value == 96.0
     assert not bars["few_shot_digits_MAML"].passed
     assert bars["few_shot_digits_pixels"].value == pytest.approx(0.7)
     text = "\n".join(few_shot_digits.tables(records))
     assert "| nearest pixels | 75.0 ± 2.0 |" in text
+    images, classes = text.split("With classes held out:")
+    assert "| MAML | 93.0 ± 1.0 |" in images
+    assert "| MAML | 60.0 ± 1.0 |" in classes
+    assert "| nearest pixels | 65.0 ± 2.0 |" in classes
 
 
 def test_a_margin_is_that_of_the_mean():
