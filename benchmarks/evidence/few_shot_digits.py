@@ -134,7 +134,7 @@ def tables(records: Sequence[Record]) -> list[str]:
     """Accuracy on the test tasks, by method, of either way to hold out."""
     lines = _table(records, "")
     if _pixels(records, _NEW_CLASSES):
-        lines += ["", "With classes held out:", "", *_table(records, _NEW_CLASSES)]
+        lines += ["With classes held out:", "", *_table(records, _NEW_CLASSES)]
     return lines
 
 
