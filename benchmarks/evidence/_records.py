@@ -89,6 +89,6 @@ def timed(outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
             return
         yield dataclasses.replace(
             outcome,
-            wall_s=round(time.perf_counter() - start, 1),
+            wall_s=round(time.perf_counter() - start, 3),
             load_of_others=None if before is None else before.of_others(Load.now()),
         )

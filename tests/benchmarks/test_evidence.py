@@ -25,13 +25,13 @@ def run_quickly(folder, *names, options=()):
     return read_records(sorted(folder.glob("*.jsonl")))
 
 
-def whole(record):
+def whole(record, steps=(1, 2)):
     assert record["quick"]
     assert record["kind"] == "trained"
     assert record["parameters"] > 0
     assert record["wall_s"] > 0
     assert record["versions"]["jax"] == jax.__version__
-    assert [point["step"] for point in record["curve"]] == [1, 2]
+    assert tuple(point["step"] for point in record["curve"]) == steps
     assert all(np.isfinite(point["loss"]) for point in record["curve"])
     assert record["settings"]["schedule"]["steps"] == 2
     return True
@@ -65,7 +65,11 @@ def test_every_experiment_runs_and_has_its_chapter(tmp_path):
     assert {r["experiment"] for r in records} == set(report.EXPERIMENTS)
     # What is recorded at checkpoints is whole at the last of them.
     last = {(r["experiment"], r["model"], r["seed"]): r for r in records}
-    assert all(whole(record) for record in last.values())
+    for (experiment, model, _), record in last.items():
+        # What is rounded after training has no curve of its own.
+        language = experiment == "compressed_language"
+        trained = not language or model in ("float32", "ternary, trained")
+        assert whole(record, (1, 2) if trained else ())
     page = report.render(records)
     for experiment in report.EXPERIMENTS.values():
         assert f"## {experiment.title}" in page
