@@ -53,6 +53,7 @@ TITLE = "Digits from one image of each"
 _PIXELS = "nearest pixels"
 # What raw pixels were found to reach by an independent program.
 _PIXELS_EXPECTED = 75.7
+# In the names of the records of methods that are judged by classes held out.
 _NEW_CLASSES = ", new classes"
 
 
@@ -81,13 +82,13 @@ def run(quick: bool) -> Iterator[Outcome]:
     for held_out in ("", _NEW_CLASSES):
         for method in METHODS:
             for seed in settings.seeds:
-                yield _outcome(method + held_out, seed, settings)
+                yield _outcome(method, seed, settings, held_out)
 
 
-def _outcome(name: str, seed: int, settings: Settings) -> Outcome:
+def _outcome(name: str, seed: int, settings: Settings, held_out: str = "") -> Outcome:
     key = jax.random.key(seed)
     split_key, body_key, head_key, train_key, test_key = jax.random.split(key, 5)
-    if name.endswith(_NEW_CLASSES):
+    if held_out:
         train, test = split_classes(split_key, digits(), settings.train_classes)
     else:
         train, test = split_examples(split_key, digits(), settings.train_images)
@@ -96,9 +97,7 @@ def _outcome(name: str, seed: int, settings: Settings) -> Outcome:
     widths = (64, settings.hidden, settings.hidden, settings.features)
     body = ReLUNetwork(widths, key=body_key)
     asked = (episodes, settings.inner)
-    method = make_method(
-        name.removesuffix(_NEW_CLASSES), body, settings.features, *asked, key=head_key
-    )
+    method = make_method(name, body, settings.features, *asked, key=head_key)
 
     @eqx.filter_jit
     def shares(learner, pool):
@@ -121,7 +120,8 @@ def _outcome(name: str, seed: int, settings: Settings) -> Outcome:
     pixels = {_PIXELS: nearest_pixels}
     results |= {"pixels": judge_pixels(pixels, test, episodes, test_keys)[_PIXELS]}
     given = dataclasses.asdict(settings)
-    return Outcome(name, seed, given, size(loop.learner), results, curve)
+    model, parameters = name + held_out, size(loop.learner)
+    return Outcome(model, seed, given, parameters, results, curve)
 
 
 def _pixels(records: Sequence[Record], held_out: str = "") -> list[dict[str, float]]:
